@@ -1,0 +1,194 @@
+// Computes  importance[b, j] = mean over layers, heads and query rows i of softmax(scale * Q K^T)[i, P + j]
+// Work      one (image, layer, head) at a time per thread: K packed in panels, kTileRows query rows against all keys
+//           into a buffer that stays in L1, exponentials there, column sums in double. No L x L map exists.
+// Traffic   Q and K once; 8 bytes of partial sums per (image, layer, head, key).
+// Numerics  float32 products, each exponential computed once; sums over rows and heads in double and in a fixed order:
+//           independent of threads and batch. NaN and inf as a softmax has them.
+#include <omp.h>
+
+#include "mean.h"
+#include "scratch.h"
+#include "tile.h"
+
+namespace hvprune::HVP_ISA {
+namespace {
+
+// Per-thread working memory.
+struct Workspace {
+    float* panels;   // [ceil(L / kPanelCols)][D][kPanelCols] packed keys
+    float* scores;   // [kTileRows][padded L]
+    float* queries;  // [kTileRows][D], or one row padded
+    float* row;      // [padded D]
+    double* sums;    // [padded L]
+
+    Workspace(Carver& carver, int64_t L, int64_t D)
+        : panels(carver.take<float>(round_up(L, kPanelCols) * D)),
+          scores(carver.take<float>(kTileRows * round_up(L, kWidth))),
+          queries(carver.take<float>(kTileRows * round_up(D, kWidth))),
+          row(carver.take<float>(round_up(D, kWidth))),
+          sums(carver.take<double>(round_up(L, kWidth))) {}
+};
+
+template <class T>
+void pack_keys(const T* key, int64_t row_stride, int64_t L, int64_t D, const Workspace& work) {
+    for (int64_t j = 0; j < L; ++j) {
+        float* panel = work.panels + j / kPanelCols * kPanelCols * D;
+        load_row(key + j * row_stride, D, D, 1.0f, work.row);
+        pack_column(work.row, D, panel, j % kPanelCols);
+    }
+    const float zero = 0.0f;
+    for (int64_t j = L; j < round_up(L, kPanelCols); ++j) {  // so that no tile reads what was never written
+        float* panel = work.panels + j / kPanelCols * kPanelCols * D;
+        for (int64_t k = 0; k < D; ++k) pack_column(&zero, 1, panel + k * kPanelCols, j % kPanelCols);
+    }
+}
+
+// scores[r][j] = q_r . k_j for every key j, -inf in the padding; shift[r] = max over j.
+void score_rows(const Workspace& work, int64_t L, int64_t D, float* shift) {
+    const int64_t padded = round_up(L, kWidth);
+    Vec most[kTileRows];
+    for (Vec& m : most) m = broadcast(-INFINITY);
+    for (int64_t begin = 0; begin < L; begin += kPanelCols) {
+        const int64_t cols = padded - begin < kPanelCols ? padded - begin : kPanelCols;
+        const float* panel = work.panels + begin * D;
+        with_vecs(cols / kWidth, [&](auto vecs) {
+            constexpr int kVecs = decltype(vecs){}();
+            Vec sums[kTileRows][kVecs];
+            tile_product<kVecs>(work.queries, D, 1, panel, D, sums);
+            for (int r = 0; r < kTileRows; ++r) {
+                float* scores = work.scores + r * padded + begin;
+                for (int v = 0; v < kVecs; ++v) store(scores + v * kWidth, sums[r][v]);
+                for (int64_t j = L; j < begin + cols; ++j) scores[j - begin] = -INFINITY;
+                for (int v = 0; v < kVecs; ++v) most[r] = max(load(scores + v * kWidth), most[r]);
+            }
+        });
+    }
+    for (int r = 0; r < kTileRows; ++r) shift[r] = reduce_max(most[r]);
+}
+
+// scores[r][j] = exp(scores[r][j] - shift[r]); total[r] = sum over j.
+void exponentiate(const Workspace& work, int64_t padded, const float* shift, float* total) {
+    Vec shifts[kTileRows], totals[kTileRows];
+    for (int r = 0; r < kTileRows; ++r) {
+        shifts[r] = broadcast(shift[r]);
+        totals[r] = broadcast(0.0f);
+    }
+    for (int64_t j = 0; j < padded; j += kWidth) {
+        for (int r = 0; r < kTileRows; ++r) {
+            float* scores = work.scores + r * padded + j;
+            const Vec p = exp(load(scores) - shifts[r]);
+            store(scores, p);
+            totals[r] = totals[r] + p;
+        }
+    }
+    for (int r = 0; r < kTileRows; ++r) total[r] = reduce_add(totals[r]);
+}
+
+// sums[j] += sum over r < rows of weight[r] * scores[r][j]
+void accumulate(const Workspace& work, int64_t padded, const float* weight, int64_t rows) {
+    for (int64_t j = 0; j < padded; j += kWidth) {
+        Vec sum = load(work.scores + j) * broadcast(weight[0]);
+        for (int64_t r = 1; r < rows; ++r) {
+            sum = fma(load(work.scores + r * padded + j), broadcast(weight[r]), sum);
+        }
+        add_to(work.sums + j, sum);
+    }
+}
+
+// work.sums[j] = sum over query rows of the softmaxed map of one head.
+template <class T>
+void sum_all_rows(const AttentionImportanceArgs& args, const AttentionLayer& layer, int64_t b, int64_t h,
+                  const Workspace& work) {
+    const int64_t L = args.L, D = args.D, padded = round_up(L, kWidth);
+    const T* query = static_cast<const T*>(layer.query) + b * layer.query_batch_stride + h * layer.query_head_stride;
+    const T* key = static_cast<const T*>(layer.key) + b * layer.key_batch_stride + h * layer.key_head_stride;
+    pack_keys(key, layer.key_row_stride, L, D, work);
+    for (int64_t j = 0; j < padded; ++j) work.sums[j] = 0.0;
+    for (int64_t i = 0; i < L; i += kTileRows) {
+        const int64_t rows = L - i < kTileRows ? L - i : kTileRows;
+        for (int64_t r = 0; r < kTileRows; ++r) {  // a partial tile repeats its last row and leaves it out of the sum
+            const int64_t row = i + (r < rows ? r : rows - 1);
+            load_row(query + row * layer.query_row_stride, D, D, args.scale, work.queries + r * D);
+        }
+        float shift[kTileRows], total[kTileRows], weight[kTileRows];
+        score_rows(work, L, D, shift);
+        if (layer.logsumexp != nullptr) {
+            const float* logsumexp =
+                layer.logsumexp + b * layer.logsumexp_batch_stride + h * layer.logsumexp_head_stride + i;
+            for (int64_t r = 0; r < kTileRows; ++r) shift[r] = logsumexp[r < rows ? r : rows - 1];
+        }
+        exponentiate(work, padded, shift, total);
+        for (int r = 0; r < kTileRows; ++r) weight[r] = layer.logsumexp != nullptr ? 1.0f : 1.0f / total[r];
+        accumulate(work, padded, weight, rows);
+    }
+}
+
+// work.sums[j] = the softmaxed first row of one head; each key is read once.
+template <class T>
+void softmax_cls_row(const AttentionImportanceArgs& args, const AttentionLayer& layer, int64_t b, int64_t h,
+                     const Workspace& work) {
+    const int64_t L = args.L, D = args.D, padded_dim = round_up(D, kWidth);
+    const T* query = static_cast<const T*>(layer.query) + b * layer.query_batch_stride + h * layer.query_head_stride;
+    const T* key = static_cast<const T*>(layer.key) + b * layer.key_batch_stride + h * layer.key_head_stride;
+    load_row(query, D, padded_dim, args.scale, work.queries);
+    float shift = -INFINITY;
+    for (int64_t j = 0; j < L; ++j) {
+        load_row(key + j * layer.key_row_stride, D, padded_dim, 1.0f, work.row);
+        Vec sum = broadcast(0.0f);
+        for (int64_t k = 0; k < padded_dim; k += kWidth) {
+            sum = fma(load(work.queries + k), load(work.row + k), sum);
+        }
+        const float score = reduce_add(sum);
+        work.scores[j] = score;
+        shift = score > shift ? score : shift;
+    }
+    if (layer.logsumexp != nullptr) {
+        shift = layer.logsumexp[b * layer.logsumexp_batch_stride + h * layer.logsumexp_head_stride];
+    }
+    for (int64_t j = L; j < round_up(L, kWidth); ++j) work.scores[j] = -INFINITY;
+    Vec totals = broadcast(0.0f);
+    for (int64_t j = 0; j < L; j += kWidth) {
+        const Vec p = exp(load(work.scores + j) - broadcast(shift));
+        store(work.scores + j, p);
+        totals = totals + p;
+    }
+    const float weight = layer.logsumexp != nullptr ? 1.0f : 1.0f / reduce_add(totals);
+    for (int64_t j = 0; j < L; ++j) work.sums[j] = static_cast<double>(work.scores[j] * weight);
+}
+
+}  // namespace
+
+void attention_importance(const AttentionImportanceArgs& args) {
+    const int64_t N = args.L - args.P, layers = args.num_layers;
+    const int64_t items = args.B * layers * args.H;  // in the order of their contribution
+    if (items == 0) return;
+    const int threads = static_cast<int>(items < args.num_threads ? items : args.num_threads);
+    Carver sizes(nullptr);
+    Workspace{sizes, args.L, args.D};
+    const Scratch scratch(threads * sizes.used());
+    const Scratch partial_scratch(items * N * static_cast<int64_t>(sizeof(double)));
+    double* partials = reinterpret_cast<double*>(partial_scratch.data());  // [B][layers][H][N]
+
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        Carver carver(scratch.data() + omp_get_thread_num() * sizes.used());
+        const Workspace work(carver, args.L, args.D);
+#pragma omp for schedule(dynamic)
+        for (int64_t item = 0; item < items; ++item) {
+            const int64_t h = item % args.H, l = item / args.H % layers, b = item / args.H / layers;
+            dispatch(args.dtype, [&](auto tag) {
+                using T = decltype(tag);
+                if (args.cls_row) {
+                    softmax_cls_row<T>(args, args.layers[l], b, h, work);
+                } else {
+                    sum_all_rows<T>(args, args.layers[l], b, h, work);
+                }
+            });
+            std::memcpy(partials + item * N, work.sums + args.P, N * sizeof(double));
+        }
+        const double count = static_cast<double>(layers * args.H * (args.cls_row ? 1 : args.L));
+        mean_of_parts(partials, args.B, layers * args.H, N, count, args.importance);
+    }
+}
+
+}  // namespace hvprune::HVP_ISA

@@ -1,0 +1,58 @@
+// Selection of the best by order key, and results in raster order.
+#pragma once
+
+#include "../order.h"
+#include "vec.h"
+
+namespace hvprune::HVP_ISA {
+
+// What a selection op returns for one image.
+struct SelectionRow {
+    int64_t* indices;  // [M]
+    int32_t* count;
+    bool* mask;  // [N]; filled by the kernel before write_indices
+};
+
+// Indices of the kept tokens ascending, -1 in the rest of the row, and their count.
+HVP_FUNC void write_indices(const SelectionRow& row, int64_t N, int64_t M) {
+    int64_t count = 0;
+    for (int64_t j = 0; j < N; ++j) {
+        if (row.mask[j]) row.indices[count++] = j;
+    }
+    *row.count = static_cast<int32_t>(count);
+    for (; count < M; ++count) row.indices[count] = -1;
+}
+
+// Order keys of a row of scores.
+template <class T>
+HVP_FUNC void load_keys(const T* values, int64_t n, int32_t* keys) {
+    for (int64_t j = 0; j < n; ++j) keys[j] = order_key(to_float(values[j]));
+}
+
+// Calls keep(i) for the k best of n candidates (all of them if k > n), ties by lower index. The k-th best key is found by
+// bisection over its bits: at most 32 counts, no sort.
+template <class Keep>
+HVP_FUNC void keep_best(const int32_t* keys, int64_t n, int64_t k, Keep keep) {
+    if (k > n) k = n;
+    if (k <= 0) return;
+    uint32_t threshold = 0;  // the highest that at least k keys reach, counted from INT32_MIN
+    int64_t reached = n;
+    for (int bit = 31; bit >= 0 && reached != k; --bit) {
+        const uint32_t trial = threshold | uint32_t{1} << bit;
+        const int32_t trial_key = static_cast<int32_t>(trial ^ 0x80000000u);
+        int32_t count = 0;
+        for (int64_t i = 0; i < n; ++i) count += keys[i] >= trial_key;
+        if (count >= k) {
+            threshold = trial;
+            reached = count;
+        }
+    }
+    const int32_t threshold_key = static_cast<int32_t>(threshold ^ 0x80000000u);
+    int64_t ties = k;  // places left for keys equal to the threshold
+    for (int64_t i = 0; i < n; ++i) ties -= keys[i] > threshold_key;
+    for (int64_t i = 0; i < n; ++i) {
+        if (keys[i] > threshold_key || (keys[i] == threshold_key && ties-- > 0)) keep(i);
+    }
+}
+
+}  // namespace hvprune::HVP_ISA

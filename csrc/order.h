@@ -1,0 +1,37 @@
+// The one ordering rule of hvprune, shared by CPU and CUDA: higher value first, NaN below -inf, -0 equal to +0,
+// ties by lower index (or earlier position).
+#pragma once
+
+#include <cstring>
+
+#include "common.h"
+
+namespace hvprune {
+
+constexpr int32_t kNotACandidate = INT32_MIN;  // below every key, NaN's included
+constexpr int32_t kNanKey = INT32_MIN + 1;
+
+// A signed integer that orders as the value does.
+HVP_FUNC int32_t order_key(float value) {
+    value += 0.0f;  // -0 becomes +0
+    if (value != value) return kNanKey;
+#ifdef __CUDA_ARCH__
+    const int32_t bits = __float_as_int(value);
+#else
+    int32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+#endif
+    return bits >= 0 ? bits : bits ^ 0x7fffffff;
+}
+
+// First row or column of part i when a side of `size` tokens is cut in `parts`.
+HVP_FUNC constexpr int64_t region_begin(int64_t i, int64_t size, int64_t parts) {
+    return i * size / parts;
+}
+
+// Tokens of a region that HIVTP's global stage keeps.
+HVP_FUNC int64_t region_quota(double keep_ratio, int64_t region_size) {
+    return static_cast<int64_t>(keep_ratio * static_cast<double>(region_size));
+}
+
+}  // namespace hvprune

@@ -1,0 +1,7 @@
+"""``python -m hvprune``: the same as the ``hvprune`` command."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

@@ -1,0 +1,113 @@
+"""Registration of the ops and choice of their backend: the only dispatch code in hvprune.
+
+An op is a check, a function that allocates its outputs, and one implementation per backend. Eager calls go
+straight to the implementation; under torch.compile, torch.export or fake tensors the same call goes through
+``torch.ops.hvprune.<op>``, whose body is that very implementation.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import torch
+from torch.compiler import is_compiling
+
+from . import _native
+
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+AUTO_ORDER = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
+_PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
+
+OPS: dict[str, Op] = {}
+_LIBRARY = torch.library.Library("hvprune", "DEF")
+
+
+class BackendUnavailable(RuntimeError):
+    """The backend asked for cannot run here; the message says why."""
+
+
+def _read_default_backend() -> str:
+    name = os.environ.get("HVPRUNE_BACKEND", "auto")
+    if name not in ("auto", *BACKENDS):
+        raise ValueError(f"HVPRUNE_BACKEND must be 'auto' or one of {BACKENDS}, got {name!r}")
+    return name
+
+
+# What backend="auto" means; read once, at import.
+DEFAULT_BACKEND = _read_default_backend()
+
+
+def why_unavailable(backend: str) -> str | None:
+    """Why a backend cannot run on this machine at all, None if it can."""
+    if backend == "cuda":
+        return _native.why_no_cuda()
+    if backend == "cpu":
+        return _native.why_no_cpu()
+    return None
+
+
+class Op:
+    """One op: ``check(*inputs) -> lead tensor``, ``out(*inputs) -> outputs``, ``backends[name](*inputs) -> outputs``.
+
+    The last argument of a call is the backend. ``backends`` holds what is implemented; "cpu" and "cuda" take
+    tensors of that device only, the others say by themselves what they take.
+    """
+
+    def __init__(self, name: str, schema: str, *, check: Callable, out: Callable, backends: dict[str, Callable]):
+        self.name, self.check, self.backends = name, check, backends
+        self._chosen: dict[tuple[str, str], Callable] = {}
+        _LIBRARY.define(f"{name}{schema}")
+        self.torch_op = getattr(torch.ops.hvprune, name).default
+        # The dispatcher leaves out trailing arguments that equal their default.
+        defaults = tuple(argument.default_value for argument in self.torch_op._schema.arguments)
+
+        def body(*args):
+            return self.run(*args, *defaults[len(args) :])
+
+        def fake(*args):
+            inputs = (*args, *defaults[len(args) :])[:-1]
+            check(*inputs)
+            return out(*inputs)
+
+        _LIBRARY.impl(name, body, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"hvprune::{name}", fake, lib=_LIBRARY)
+        OPS[name] = self
+
+    def __call__(self, *args):
+        if is_compiling():
+            return self.torch_op(*args)
+        for argument in args:
+            first = argument[0] if type(argument) is list and argument else argument
+            if isinstance(first, torch.Tensor):
+                if type(first) not in _PLAIN_TENSORS:  # fake and other wrapped tensors have no memory to read
+                    return self.torch_op(*args)
+                break
+        return self.run(*args)
+
+    def run(self, *args):
+        inputs, backend = args[:-1], args[-1]
+        device_type = self.check(*inputs).device.type
+        implementation = self._chosen.get((backend, device_type))
+        if implementation is None:
+            implementation = self._chosen[backend, device_type] = self._choose(backend, device_type)
+        return implementation(*inputs)
+
+    def _choose(self, backend: str, device_type: str) -> Callable:
+        if backend not in ("auto", *BACKENDS):
+            raise ValueError(f"{self.name}: backend must be 'auto' or one of {BACKENDS}, got {backend!r}")
+        backend = DEFAULT_BACKEND if backend == "auto" else backend
+        candidates = AUTO_ORDER.get(device_type, ("reference",)) if backend == "auto" else (backend,)
+        for name in candidates:
+            reason = self.why_unavailable(name, device_type)
+            if reason is None:
+                return self.backends[name]
+        raise BackendUnavailable(f"{self.name}: backend {name!r} is unavailable: {reason} (see 'hvprune info')")
+
+    def why_unavailable(self, backend: str, device_type: str) -> str | None:
+        """Why this op cannot run on that backend with tensors of that device, None if it can."""
+        if backend not in self.backends:
+            return f"this version of hvprune has no {backend} kernels"
+        if backend in ("cpu", "cuda") and backend != device_type:
+            return f"it takes {backend} tensors, got {device_type} tensors"
+        return why_unavailable(backend)

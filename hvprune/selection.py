@@ -1,0 +1,29 @@
+"""The result of every selection op."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class Selection(NamedTuple):
+    """Tokens kept per image.
+
+    indices: (B, M) int64, ascending (raster order); a row with fewer than M tokens ends in -1
+    counts:  (B,)   int32, number of valid entries of each row of ``indices``
+    mask:    (B, N) bool, True where a token is kept
+    """
+
+    indices: torch.Tensor
+    counts: torch.Tensor
+    mask: torch.Tensor
+
+
+def empty_selection(like: torch.Tensor, batch: int, width: int, num_tokens: int) -> tuple[torch.Tensor, ...]:
+    """Uninitialised ``indices``, ``counts`` and ``mask`` on the device of ``like``."""
+    return (
+        like.new_empty((batch, width), dtype=torch.int64),
+        like.new_empty((batch,), dtype=torch.int32),
+        like.new_empty((batch, num_tokens), dtype=torch.bool),
+    )
