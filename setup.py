@@ -33,7 +33,7 @@ rule cu
   depfile = $out.d
   deps = gcc
 rule link
-  command = $cxx -shared -fopenmp -s -Wl,--exclude-libs,ALL $in $libs -o $out
+  command = $link $in -o $out
 """
 
 
@@ -63,8 +63,8 @@ class NinjaBuild(build_ext):
         output.parent.mkdir(parents=True, exist_ok=True)
 
         isas = X86_FLAGS if platform.machine() in ("x86_64", "AMD64") else {"baseline": []}
-        cu_sources = [source for source in SOURCES if source.endswith(".cu")]
-        nvcc = find_nvcc() if cu_sources else None
+        nvcc = find_nvcc()
+        nvcc = nvcc if any(source.endswith(".cu") for source in SOURCES) else None  # nothing for it to compile
         archs = [int(arch) for arch in os.environ.get("HVPRUNE_CUDA_ARCHS", "80;90;100").split(";")] if nvcc else []
         print(f"hvprune: instruction sets {', '.join(isas)}; CUDA {archs or 'off'} ({nvcc or 'no nvcc used'})")
 
@@ -87,14 +87,15 @@ class NinjaBuild(build_ext):
             for suffix, (rule, flags) in variants.items():
                 objects.append(f"{source}{suffix}.o")
                 rules.append(f"build {objects[-1]}: {rule} {ROOT / source}\n  flags = {flags}")
-        libs = f"-L{Path(nvcc).resolve().parents[1]}/lib64 -lcudart_static -lrt -ldl -lpthread" if nvcc else ""
+        # nvcc knows where its static runtime is; its own options aside, both links say the same.
+        link = f"{nvcc} -shared -cudart static -Xcompiler=-fopenmp,-s -Xlinker=--exclude-libs,ALL"
         variables = {
             "cxx": shlex.join(shlex.split(os.environ.get("CXX", "c++"))),
             "nvcc": nvcc or "",
             "cflags": cflags,
             "cuflags": f"-std=c++17 -O3 -lineinfo -t2 -Xptxas --warn-on-spills {' '.join(gencode)}"
             " -Xcompiler=-fPIC,-fvisibility=hidden",
-            "libs": libs,
+            "link": link if nvcc else "$cxx -shared -fopenmp -s -Wl,--exclude-libs,ALL",
         }
         lines = [f"{name} = {value}" for name, value in variables.items()]
         (build / "build.ninja").write_text(

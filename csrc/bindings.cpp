@@ -42,8 +42,8 @@ void attention_importance(const std::vector<LayerTuple>& tuples, Address importa
     for (const auto& [query, qb, qh, qr, key, kb, kh, kr, logsumexp, lb, lh] : tuples) {
         layers.push_back({at<void>(query), qb, qh, qr, at<void>(key), kb, kh, kr, at<float>(logsumexp), lb, lh});
     }
-    attention_importance_cpu({layers.data(), static_cast<Int>(layers.size()), at<float>(importance),
-                              dtype(dtype_code), B, H, L, D, P, cls_row, scale, num_threads});
+    attention_importance_cpu({layers.data(), static_cast<Int>(layers.size()), at<float>(importance), dtype(dtype_code),
+                              B, H, L, D, P, cls_row, scale, num_threads});
 }
 
 void hierarchical_select(Address scores, Int batch_stride, Address indices, Address counts, Address mask,

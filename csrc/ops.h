@@ -9,8 +9,8 @@
 
 namespace hvprune {
 
-struct AttentionMap {   // one layer
-    const void* map;    // [B, H, L, L], last dimension contiguous
+struct AttentionMap {  // one layer
+    const void* map;   // [B, H, L, L], last dimension contiguous
     int64_t batch_stride, head_stride, row_stride;
 };
 
@@ -52,8 +52,8 @@ struct HierarchicalSelectArgs {
     bool* mask;        // [B, N], contiguous
     DType dtype;
     int64_t B, gh, gw;
-    int64_t region_rows, region_cols;      // regions per side
-    int64_t window_height, window_width;   // tokens per window
+    int64_t region_rows, region_cols;     // regions per side
+    int64_t window_height, window_width;  // tokens per window
     double keep_ratio;
     int64_t M;
     bool fixed;  // exactly M tokens; otherwise at most M

@@ -25,9 +25,7 @@ HVP_FUNC int32_t order_key(float value) {
 }
 
 // First row or column of part i when a side of `size` tokens is cut in `parts`.
-HVP_FUNC constexpr int64_t region_begin(int64_t i, int64_t size, int64_t parts) {
-    return i * size / parts;
-}
+HVP_FUNC constexpr int64_t region_begin(int64_t i, int64_t size, int64_t parts) { return i * size / parts; }
 
 // Tokens of a region that HIVTP's global stage keeps.
 HVP_FUNC int64_t region_quota(double keep_ratio, int64_t region_size) {

@@ -53,6 +53,8 @@ def check_layers(op: str, argument: str, layers, letters: str, like: torch.Tenso
     like = layers[0] if like is None else like
     for layer in layers:
         check_floats(op, argument, layer, letters, 4)
+        if layer is like:
+            continue
         if layer.dtype != like.dtype:
             raise type_error(op, argument, f"of one dtype, {like.dtype}", layer)
         if layer.shape != like.shape or layer.device != like.device:
@@ -93,9 +95,11 @@ def check_pair(op: str, argument: str, value) -> None:
     """Two ints, each at least 1: (rows, columns)."""
     if not isinstance(value, (list, tuple)) or len(value) != 2:
         raise type_error(op, argument, "a pair of ints (rows, columns)", value)
-    for item in value:
-        check_int(op, argument, item)
-    if min(value) < 1:
+    first, second = value
+    if type(first) is not int or type(second) is not int:
+        check_int(op, argument, first)
+        check_int(op, argument, second)
+    if first < 1 or second < 1:
         raise value_error(op, argument, "a pair of ints of at least 1", value)
 
 

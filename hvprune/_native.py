@@ -6,15 +6,14 @@ here in Python; the native code writes into them.
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import torch
 
 try:
-    from . import _C as C
-
-    _IMPORT_ERROR = None
+    C, _IMPORT_ERROR = import_module("hvprune._C"), None
 except ImportError as error:  # a source tree that was never built, or a damaged install
-    C = None
-    _IMPORT_ERROR = str(error)
+    C, _IMPORT_ERROR = None, str(error)
 
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # enum DType in csrc/common.h
 

@@ -77,12 +77,9 @@ class Op:
     def __call__(self, *args):
         if is_compiling():
             return self.torch_op(*args)
-        for argument in args:
-            first = argument[0] if type(argument) is list and argument else argument
-            if isinstance(first, torch.Tensor):
-                if type(first) not in _PLAIN_TENSORS:  # fake and other wrapped tensors have no memory to read
-                    return self.torch_op(*args)
-                break
+        lead = args[0][0] if type(args[0]) is list and args[0] else args[0]
+        if type(lead) not in _PLAIN_TENSORS and isinstance(lead, torch.Tensor):
+            return self.torch_op(*args)  # a fake or otherwise wrapped tensor has no memory to read
         return self.run(*args)
 
     def run(self, *args):
@@ -90,10 +87,12 @@ class Op:
         device_type = self.check(*inputs).device.type
         implementation = self._chosen.get((backend, device_type))
         if implementation is None:
-            implementation = self._chosen[backend, device_type] = self._choose(backend, device_type)
+            implementation = self.backends[self.resolve(backend, device_type)]
+            self._chosen[backend, device_type] = implementation
         return implementation(*inputs)
 
-    def _choose(self, backend: str, device_type: str) -> Callable:
+    def resolve(self, backend: str, device_type: str) -> str:
+        """The name of the backend that a call with tensors of that device runs on; raises BackendUnavailable."""
         if backend not in ("auto", *BACKENDS):
             raise ValueError(f"{self.name}: backend must be 'auto' or one of {BACKENDS}, got {backend!r}")
         backend = DEFAULT_BACKEND if backend == "auto" else backend
@@ -101,7 +100,7 @@ class Op:
         for name in candidates:
             reason = self.why_unavailable(name, device_type)
             if reason is None:
-                return self.backends[name]
+                return name
         raise BackendUnavailable(f"{self.name}: backend {name!r} is unavailable: {reason} (see 'hvprune info')")
 
     def why_unavailable(self, backend: str, device_type: str) -> str | None:

@@ -3,7 +3,7 @@
 // Traffic   every map once (row 0 alone for cls_row); 8 bytes of partial sums per (image, layer, head, key).
 // Numerics  groups in float32, their sums in double and in a fixed order: independent of threads and batch.
 #include "mean.h"
-#include "scratch.h"
+#include "threads.h"
 #include "vec.h"
 
 namespace hvprune::HVP_ISA {
@@ -38,7 +38,7 @@ void aggregate_attention(const AggregateAttentionArgs& args) {
     if (items == 0) return;
     const Scratch scratch(items * N * static_cast<int64_t>(sizeof(double)));
     double* partials = reinterpret_cast<double*>(scratch.data());  // [B][layers][H][N]
-    const int threads = static_cast<int>(items < args.num_threads ? items : args.num_threads);
+    const int threads = threads_for(items, rows * args.L, args.num_threads);
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
@@ -52,7 +52,8 @@ void aggregate_attention(const AggregateAttentionArgs& args) {
                 sum_rows(map + args.P, layer.row_stride, rows, N, partials + item * N);
             });
         }
-        mean_of_parts(partials, args.B, layers * args.H, N, static_cast<double>(layers * args.H * rows), args.importance);
+        mean_of_parts(partials, args.B, layers * args.H, N, static_cast<double>(layers * args.H * rows),
+                      args.importance);
     }
 }
 

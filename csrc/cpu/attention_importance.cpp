@@ -4,10 +4,8 @@
 // Traffic   Q and K once; 8 bytes of partial sums per (image, layer, head, key).
 // Numerics  float32 products, each exponential computed once; sums over rows and heads in double and in a fixed order:
 //           independent of threads and batch. NaN and inf as a softmax has them.
-#include <omp.h>
-
 #include "mean.h"
-#include "scratch.h"
+#include "threads.h"
 #include "tile.h"
 
 namespace hvprune::HVP_ISA {
@@ -162,7 +160,7 @@ void attention_importance(const AttentionImportanceArgs& args) {
     const int64_t N = args.L - args.P, layers = args.num_layers;
     const int64_t items = args.B * layers * args.H;  // in the order of their contribution
     if (items == 0) return;
-    const int threads = static_cast<int>(items < args.num_threads ? items : args.num_threads);
+    const int threads = threads_for(items, (args.cls_row ? 1 : args.L) * args.L * args.D, args.num_threads);
     Carver sizes(nullptr);
     Workspace{sizes, args.L, args.D};
     const Scratch scratch(threads * sizes.used());

@@ -52,10 +52,10 @@ HVP_FUNC void order_by_importance(const T* importance, int64_t n, Keyed* order, 
 
 // Working memory for lists over n columns.
 struct DedupWorkspace {
-    int32_t* list;    // [n] the residual list
-    Keyed* scored;    // [n] its even positions with their scores
-    Keyed* other;     // [n]
-    uint8_t* bits;    // [n / 8, padded] set for columns at odd positions
+    int32_t* list;  // [n] the residual list
+    Keyed* scored;  // [n] its even positions with their scores
+    Keyed* other;   // [n]
+    uint8_t* bits;  // [n / 8, padded] set for columns at odd positions
 
     DedupWorkspace(Carver& carver, int64_t n)
         : list(carver.take<int32_t>(n)),
@@ -76,8 +76,8 @@ HVP_FUNC float max_of_columns(const float* row, const uint8_t* bits, int64_t pad
     return reduce_max(max(even, odd));
 }
 
-// Shortens work.list from `residual` to `num_diverse` columns. similarity is [columns, ld] with ld a multiple of kWidth.
-// Calls after_round(list, length) once per round.
+// Shortens work.list from `residual` to `num_diverse` columns. similarity is [columns, ld] with ld a multiple of
+// kWidth. Calls after_round(list, length) once per round.
 template <class AfterRound>
 HVP_FUNC void remove_duplicates(const float* similarity, int64_t ld, int64_t residual, int64_t num_diverse,
                                 int64_t removals_per_round, const DedupWorkspace& work, AfterRound after_round) {

@@ -1,11 +1,12 @@
 // Computes  the num_important best tokens, and of the others what is left after rounds of removing duplicates
-// Work      one image at a time per thread. A round is a masked row maximum over the similarity matrix for every token at
+// Work      one image at a time per thread. A round is a masked row maximum over the similarity matrix for every token
+// at
 //           an even position, and a stable sort of those; no matrix product.
 // Traffic   per round, the rows of the similarity matrix of the even positions.
-// Numerics  order keys of importance and scores: ties by lower index or earlier position. Bitwise equal to the reference.
-// Source    VisPruner, arXiv 2412.01818
+// Numerics  order keys of importance and scores: ties by lower index or earlier position. Bitwise equal to the
+// reference. Source    VisPruner, arXiv 2412.01818
 #include "dedup.h"
-#include "images.h"
+#include "threads.h"
 
 namespace hvprune::HVP_ISA {
 namespace {
@@ -41,7 +42,7 @@ void diverse_select(const DiverseSelectArgs& args) {
     const int64_t N = args.N, residual = N - args.num_important;
     Carver sizes(nullptr);
     Workspace{sizes, N};
-    for_each_image(args.B, args.num_threads, sizes.used(), [&](int64_t b, char* scratch, int) {
+    for_each_image(args.B, N * N, args.num_threads, sizes.used(), [&](int64_t b, char* scratch, int) {
         Carver carver(scratch);
         const Workspace work(carver, N);
         dispatch(args.importance_dtype, [&](auto tag) {

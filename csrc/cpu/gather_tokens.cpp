@@ -2,12 +2,11 @@
 // Work      rows in contiguous runs per thread.
 // Traffic   kept rows once in, once out.
 // Numerics  rows are copied bit for bit.
+#include "threads.h"
 #include "vec.h"
 
 namespace hvprune::HVP_ISA {
 namespace {
-
-constexpr int64_t kBytesPerThread = 1 << 16;  // less is not worth waking a thread for
 
 HVP_FUNC void set_value(float value, float* p) { *p = value; }
 HVP_FUNC void set_value(float value, Half* p) { *p = to_half(value); }
@@ -20,8 +19,7 @@ HVP_FUNC void set_value(float value, BFloat16* p) {
 template <class T>
 void gather(const GatherTokensArgs& args) {
     const int64_t rows = args.B * args.M, C = args.C;
-    const int64_t wanted = ceil_div(rows * C * static_cast<int64_t>(sizeof(T)), kBytesPerThread);
-    const int threads = static_cast<int>(wanted < args.num_threads ? wanted : args.num_threads);
+    const int threads = threads_for(rows, C * static_cast<int64_t>(sizeof(T)), args.num_threads);
     T padding;
     set_value(args.pad_value, &padding);
 #pragma omp parallel for num_threads(threads) if (threads > 1)

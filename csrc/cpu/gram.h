@@ -19,10 +19,10 @@ struct FeatureRows {
 
 // Working memory for n rows, shared by the threads that work on one image.
 struct GramWorkspace {
-    float* panels;      // [ceil(n / kPanelCols)][C][kPanelCols]
-    float* first;       // [n] the unit row is (row * first) * second, a product that neither
-    float* second;      // [n]   overflows nor vanishes; both 0 for a zero or non-finite row
-    bool* finite;       // [n]
+    float* panels;  // [ceil(n / kPanelCols)][C][kPanelCols]
+    float* first;   // [n] the unit row is (row * first) * second, a product that neither
+    float* second;  // [n]   overflows nor vanishes; both 0 for a zero or non-finite row
+    bool* finite;   // [n]
 
     GramWorkspace(Carver& carver, int64_t n, int64_t C)
         : panels(carver.take<float>(round_up(n, kPanelCols) * C)),
@@ -82,8 +82,8 @@ HVP_FUNC void pack_unit_rows(const FeatureRows& rows, int64_t begin, int64_t end
 HVP_FUNC void store_cosine(float* p, float value) { *p = value; }
 HVP_FUNC void store_cosine(Half* p, float value) { *p = to_half(value); }
 
-// Rows of panel p against columns of panel q >= p, written to both triangles of similarity [n, n] (leading dimension ld).
-// `round` is applied to every value before it is stored.
+// Rows of panel p against columns of panel q >= p, written to both triangles of similarity [n, n] (leading dimension
+// ld). `round` is applied to every value before it is stored.
 template <class T, class Round>
 HVP_FUNC void gram_block(const GramWorkspace& work, int64_t n, int64_t C, int64_t p, int64_t q, T* similarity,
                          int64_t ld, Round round) {

@@ -2,19 +2,17 @@
 // Work      one image at a time per thread; the k-th best of a region by bisection over the bits of its key.
 // Traffic   scores once, indices and mask once.
 // Numerics  order keys of the scores: ties by lower index, NaN below -inf. Bitwise equal to the reference.
-#include <omp.h>
-
-#include "scratch.h"
 #include "select.h"
+#include "threads.h"
 
 namespace hvprune::HVP_ISA {
 namespace {
 
 struct Workspace {
-    int32_t* keys;     // [N] order keys of the image
-    int32_t* region;   // [N] keys of one region, or of the candidates of the fixed mode
-    int32_t* tokens;   // [N] token of each of those
-    uint8_t* stage;    // [N] kDropped, kWinner or kKept
+    int32_t* keys;    // [N] order keys of the image
+    int32_t* region;  // [N] keys of one region, or of the candidates of the fixed mode
+    int32_t* tokens;  // [N] token of each of those
+    uint8_t* stage;   // [N] kDropped, kWinner or kKept
 
     Workspace(Carver& carver, int64_t N)
         : keys(carver.take<int32_t>(N)),
@@ -91,7 +89,8 @@ void fill_budget(const HierarchicalSelectArgs& args, const Workspace& work, bool
 void hierarchical_select(const HierarchicalSelectArgs& args) {
     const int64_t N = args.gh * args.gw;
     if (args.B == 0) return;
-    const int threads = static_cast<int>(args.B < args.num_threads ? args.B : args.num_threads);
+    constexpr int64_t kPassesOverScores = 32;
+    const int threads = threads_for(args.B, kPassesOverScores * N, args.num_threads);
     Carver sizes(nullptr);
     Workspace{sizes, N};
     const Scratch scratch(threads * sizes.used());
@@ -107,10 +106,9 @@ void hierarchical_select(const HierarchicalSelectArgs& args) {
         std::memset(work.stage, kDropped, N);
         for (int64_t i = 0; i < args.region_rows; ++i) {
             for (int64_t j = 0; j < args.region_cols; ++j) {
-                select_region(args, region_begin(i, args.gh, args.region_rows),
-                              region_begin(i + 1, args.gh, args.region_rows),
-                              region_begin(j, args.gw, args.region_cols),
-                              region_begin(j + 1, args.gw, args.region_cols), work);
+                select_region(
+                    args, region_begin(i, args.gh, args.region_rows), region_begin(i + 1, args.gh, args.region_rows),
+                    region_begin(j, args.gw, args.region_cols), region_begin(j + 1, args.gw, args.region_cols), work);
             }
         }
         const SelectionRow row{args.indices + b * args.M, args.counts + b, args.mask + b * N};

@@ -8,15 +8,15 @@
 
 #include "../ops.h"
 
-#define HVP_DECLARE_CPU_KERNELS(isa)                              \
-    namespace hvprune::isa {                                      \
-    void aggregate_attention(const AggregateAttentionArgs& args); \
+#define HVP_DECLARE_CPU_KERNELS(isa)                                \
+    namespace hvprune::isa {                                        \
+    void aggregate_attention(const AggregateAttentionArgs& args);   \
     void attention_importance(const AttentionImportanceArgs& args); \
-    void cosine_similarity(const CosineSimilarityArgs& args);     \
-    void diverse_select(const DiverseSelectArgs& args);           \
-    void gather_tokens(const GatherTokensArgs& args);             \
-    void hierarchical_select(const HierarchicalSelectArgs& args); \
-    void vispruner_select(const VisprunerSelectArgs& args);       \
+    void cosine_similarity(const CosineSimilarityArgs& args);       \
+    void diverse_select(const DiverseSelectArgs& args);             \
+    void gather_tokens(const GatherTokensArgs& args);               \
+    void hierarchical_select(const HierarchicalSelectArgs& args);   \
+    void vispruner_select(const VisprunerSelectArgs& args);         \
     }
 
 HVP_DECLARE_CPU_KERNELS(baseline)

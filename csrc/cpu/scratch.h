@@ -11,7 +11,7 @@ namespace hvprune::HVP_ISA {
 constexpr int64_t kCacheLine = 64;  // bytes
 
 class Scratch {
-   public:
+ public:
     explicit Scratch(int64_t bytes) : data_(nullptr) {
         if (bytes <= 0) return;
         data_ = std::aligned_alloc(kCacheLine, round_up(bytes, kCacheLine));
@@ -23,13 +23,13 @@ class Scratch {
 
     char* data() const { return static_cast<char*>(data_); }
 
-   private:
+ private:
     void* data_;
 };
 
 // Cuts pieces from a block of memory; with a null block it only adds up what they need.
 class Carver {
-   public:
+ public:
     explicit Carver(char* block) : block_(block), used_(0) {}
 
     template <class T>
@@ -40,7 +40,7 @@ class Carver {
     }
     int64_t used() const { return used_; }
 
-   private:
+ private:
     char* block_;
     int64_t used_;
 };

@@ -29,8 +29,8 @@ HVP_FUNC void load_keys(const T* values, int64_t n, int32_t* keys) {
     for (int64_t j = 0; j < n; ++j) keys[j] = order_key(to_float(values[j]));
 }
 
-// Calls keep(i) for the k best of n candidates (all of them if k > n), ties by lower index. The k-th best key is found by
-// bisection over its bits: at most 32 counts, no sort.
+// Calls keep(i) for the k best of n candidates (all of them if k > n), ties by lower index. The k-th best key is found
+// by bisection over its bits: at most 32 counts, no sort.
 template <class Keep>
 HVP_FUNC void keep_best(const int32_t* keys, int64_t n, int64_t k, Keep keep) {
     if (k > n) k = n;

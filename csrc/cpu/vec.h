@@ -35,8 +35,8 @@ HVP_FUNC float to_float(BFloat16 value) { return bits_to_float(uint32_t{value.bi
 
 #if defined(__AVX512F__)
 
-constexpr int kWidth = 16;     // floats per vector
-constexpr int kTileRows = 8;   // 8 x 3 accumulators fill the 32 registers
+constexpr int kWidth = 16;    // floats per vector
+constexpr int kTileRows = 8;  // 8 x 3 accumulators fill the 32 registers
 constexpr int kTileVecs = 3;
 
 struct Vec {
@@ -56,9 +56,7 @@ HVP_FUNC float reduce_add(Vec a) { return _mm512_reduce_add_ps(a.v); }
 HVP_FUNC float reduce_max(Vec a) { return _mm512_reduce_max_ps(a.v); }
 // p * 2^n for integral n; 0 or inf where that leaves the range.
 HVP_FUNC Vec scale_by_power(Vec p, Vec n) { return {_mm512_scalef_ps(p.v, n.v)}; }
-HVP_FUNC Vec round_to_int(Vec a) {
-    return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
-}
+HVP_FUNC Vec round_to_int(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 // max(a, row[j...]) in the lanes whose bit is set, bit j for row[j]; a NaN in memory is passed over.
 HVP_FUNC Vec max_where(Vec a, const uint8_t* bits, const float* row, int64_t j) {
     uint16_t lanes;
@@ -78,9 +76,7 @@ HVP_FUNC double reduce_squares(Vec a) {
     const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(a.v, 1));
     return _mm512_reduce_add_pd(_mm512_fmadd_pd(low, low, _mm512_mul_pd(high, high)));
 }
-HVP_FUNC Vec load(const Half* p) {
-    return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
-}
+HVP_FUNC Vec load(const Half* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
 HVP_FUNC Vec load(const BFloat16* p) {
     const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
@@ -117,16 +113,12 @@ HVP_FUNC Vec scale_by_power(Vec p, Vec n) {
     const __m256i shifted = _mm256_slli_epi32(_mm256_cvtps_epi32(n.v), 23);
     return {_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p.v), shifted))};
 }
-HVP_FUNC Vec round_to_int(Vec a) {
-    return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
-}
+HVP_FUNC Vec round_to_int(Vec a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 // b where x < limit, else a
 HVP_FUNC Vec where_below(Vec x, float limit, Vec b, Vec a) {
     return {_mm256_blendv_ps(a.v, b.v, _mm256_cmp_ps(x.v, _mm256_set1_ps(limit), _CMP_LT_OQ))};
 }
-HVP_FUNC Vec where_nan(Vec x, Vec a) {
-    return {_mm256_blendv_ps(a.v, x.v, _mm256_cmp_ps(x.v, x.v, _CMP_UNORD_Q))};
-}
+HVP_FUNC Vec where_nan(Vec x, Vec a) { return {_mm256_blendv_ps(a.v, x.v, _mm256_cmp_ps(x.v, x.v, _CMP_UNORD_Q))}; }
 HVP_FUNC Vec max_where(Vec a, const uint8_t* bits, const float* row, int64_t j) {
     const __m256i lane_bits = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
     const __m256i set = _mm256_and_si256(_mm256_set1_epi32(bits[j / 8]), lane_bits);
@@ -146,9 +138,7 @@ HVP_FUNC double reduce_squares(Vec a) {
     const __m128d pair = _mm_add_pd(_mm256_castpd256_pd128(sum), _mm256_extractf128_pd(sum, 1));
     return _mm_cvtsd_f64(_mm_add_sd(pair, _mm_unpackhi_pd(pair, pair)));
 }
-HVP_FUNC Vec load(const Half* p) {
-    return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
-}
+HVP_FUNC Vec load(const Half* p) { return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
 HVP_FUNC Vec load(const BFloat16* p) {
     const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16))};
@@ -282,9 +272,12 @@ HVP_FUNC Vec exp(Vec x) {
 template <class F>
 HVP_FUNC void dispatch(DType dtype, F f) {
     switch (dtype) {
-        case DType::kFloat32: return f(float{});
-        case DType::kFloat16: return f(Half{});
-        case DType::kBFloat16: return f(BFloat16{});
+        case DType::kFloat32:
+            return f(float{});
+        case DType::kFloat16:
+            return f(Half{});
+        case DType::kBFloat16:
+            return f(BFloat16{});
     }
 }
 

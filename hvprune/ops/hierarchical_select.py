@@ -52,24 +52,21 @@ def hierarchical_select(
 
     Source: HIVTP, arXiv 2509.23663, global and local stage.
     """
-    if grid is None:
-        grid = _square_grid("hierarchical_select", scores)
     return Selection(*_OP(scores, grid, regions, keep_ratio, window, num_tokens, backend))
 
 
-def _square_grid(op: str, scores) -> tuple[int, int]:
-    check_floats(op, "scores", scores, "(B, N)", 2)
-    return square_grid(op, scores.shape[1])
-
-
-def square_grid(op: str, num_tokens: int) -> tuple[int, int]:
-    side = math.isqrt(num_tokens)
-    if side * side != num_tokens:
-        raise value_error(op, "grid", f"given when N={num_tokens} is not a square", None)
+def resolve_grid(op: str, grid, total: int) -> tuple[int, int]:
+    """``grid`` itself, or the square of ``total`` tokens."""
+    if grid is not None:
+        return grid
+    side = math.isqrt(total)
+    if side * side != total:
+        raise value_error(op, "grid", f"given when N={total} is not a square", None)
     return side, side
 
 
 def check_hierarchy(op: str, total: int, grid, regions, keep_ratio, window, num_tokens) -> None:
+    grid = resolve_grid(op, grid, total)
     check_pair(op, "grid", grid)
     if grid[0] * grid[1] != total:
         raise value_error(op, "grid", f"(gh, gw) with gh * gw = N = {total}", grid)
@@ -100,9 +97,11 @@ def most_kept(gh: int, gw: int, rh: int, rw: int, keep_ratio: float, wh: int, ww
 
 
 def _out(scores, grid, regions, keep_ratio, window, num_tokens):
-    width = most_kept(*grid, *regions, keep_ratio, *window) if num_tokens is None else num_tokens
     batch, total = scores.shape
-    return empty_selection(scores, batch, width, total)
+    if num_tokens is not None:
+        return empty_selection(scores, batch, num_tokens, total)
+    gh, gw = resolve_grid("hierarchical_select", grid, total)
+    return empty_selection(scores, batch, most_kept(gh, gw, *regions, keep_ratio, *window), total)
 
 
 def _reference(scores, grid, regions, keep_ratio, window, num_tokens):
@@ -122,7 +121,7 @@ def _cpu(scores, grid, regions, keep_ratio, window, num_tokens):
         mask.data_ptr(),
         _native.DTYPE_CODES[scores.dtype],
         scores.shape[0],
-        *grid,
+        *resolve_grid("hierarchical_select", grid, scores.shape[1]),
         *regions,
         *window,
         keep_ratio,
@@ -135,7 +134,7 @@ def _cpu(scores, grid, regions, keep_ratio, window, num_tokens):
 
 _OP = Op(
     "hierarchical_select",
-    "(Tensor scores, int[] grid, int[] regions=[2, 2], float keep_ratio=0.25, int[] window=[2, 2],"
+    "(Tensor scores, int[]? grid=None, int[] regions=[2, 2], float keep_ratio=0.25, int[] window=[2, 2],"
     " int? num_tokens=None, str backend='auto') -> (Tensor, Tensor, Tensor)",
     check=_check,
     out=_out,

@@ -12,7 +12,7 @@ from .attention_importance import _cpu as attention_importance_cpu
 from .attention_importance import check_queries_keys
 from .hierarchical_select import _cpu as hierarchical_select_cpu
 from .hierarchical_select import _out as hierarchical_select_out
-from .hierarchical_select import check_hierarchy, square_grid
+from .hierarchical_select import check_hierarchy
 
 
 def hivtp_select(
@@ -35,13 +35,19 @@ def hivtp_select(
 
     Source: HIVTP, arXiv 2509.23663; its released setting takes the layers of index 6, 7 and 8.
     """
-    queries, keys = as_layers(queries), as_layers(keys)
-    if grid is None:
-        check_queries_keys("hivtp_select", queries, keys, scale)
-        check_prefix("hivtp_select", queries[0].shape[2], num_prefix_tokens, "all")
-        grid = square_grid("hivtp_select", queries[0].shape[2] - num_prefix_tokens)
     return Selection(
-        *_OP(queries, keys, grid, num_prefix_tokens, scale, regions, keep_ratio, window, num_tokens, backend)
+        *_OP(
+            as_layers(queries),
+            as_layers(keys),
+            grid,
+            num_prefix_tokens,
+            scale,
+            regions,
+            keep_ratio,
+            window,
+            num_tokens,
+            backend,
+        )
     )
 
 
@@ -79,7 +85,7 @@ def _cpu(queries, keys, grid, num_prefix_tokens, scale, regions, keep_ratio, win
 
 _OP = Op(
     "hivtp_select",
-    "(Tensor[] queries, Tensor[] keys, int[] grid, int num_prefix_tokens=1, float? scale=None,"
+    "(Tensor[] queries, Tensor[] keys, int[]? grid=None, int num_prefix_tokens=1, float? scale=None,"
     " int[] regions=[2, 2], float keep_ratio=0.25, int[] window=[2, 2], int? num_tokens=None,"
     " str backend='auto') -> (Tensor, Tensor, Tensor)",
     check=_check,

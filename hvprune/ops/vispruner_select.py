@@ -59,9 +59,7 @@ def _reference(features, importance, num_tokens, important_ratio, removals_per_r
 
 
 def _cpu(features, importance, num_tokens, important_ratio, removals_per_round):
-    indices, counts, mask = outputs = _out(
-        features, importance, num_tokens, important_ratio, removals_per_round
-    )
+    indices, counts, mask = outputs = _out(features, importance, num_tokens, important_ratio, removals_per_round)
     features, importance = _native.rows(features), _native.rows(importance)
     _native.C.vispruner_select_cpu(
         features.data_ptr(),

@@ -18,5 +18,4 @@ def mean_attention(maps: list[torch.Tensor], num_prefix_tokens: int, rows: str) 
     """(B, H, L, L) maps, one per layer -> (B, N): mean over layers, heads and query rows, prefix columns dropped."""
     if rows == "cls":
         maps = [attention[:, :, :1] for attention in maps]
-    received = torch.stack([attention.mean(dim=(1, 2)) for attention in maps]).mean(0)
-    return received[:, num_prefix_tokens:].contiguous()
+    return torch.stack([attention.mean(dim=(1, 2))[:, num_prefix_tokens:] for attention in maps]).mean(0)

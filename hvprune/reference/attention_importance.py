@@ -6,9 +6,7 @@ from ._attention import as_layers, mean_attention, widen
 
 
 @torch.no_grad()
-def attention_importance(
-    queries, keys, *, num_prefix_tokens=1, rows="all", scale=None, logsumexp=None
-) -> torch.Tensor:
+def attention_importance(queries, keys, *, num_prefix_tokens=1, rows="all", scale=None, logsumexp=None) -> torch.Tensor:
     """Mean attention from Q and K, every map materialised; see :func:`hvprune.ops.attention_importance`."""
     queries, keys = as_layers(queries), as_layers(keys)
     normalisers = [None] * len(queries) if logsumexp is None else as_layers(logsumexp)

@@ -43,10 +43,12 @@ def diverse_select(
     selection = selection_from_mask(mask, num_tokens)
     if not return_trace:
         return selection
-    if not traces:  # the shape alone, from an image of zeros
+    if not traces:  # no image: the shape that one would have
         lists = _remove_duplicates(
-            similarity.new_zeros(total, total), torch.arange(num_important, total), num_tokens - num_important,
+            similarity.new_zeros(total, total),
+            order.new_tensor(range(total - num_important)),
+            num_tokens - num_important,
             removals_per_round,
-        )  # fmt: skip
+        )
         return selection, order.new_empty(0, len(lists), total - num_important)
     return selection, torch.stack(traces)

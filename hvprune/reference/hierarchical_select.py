@@ -20,9 +20,7 @@ def _cells(top: int, bottom: int, left: int, right: int, width: int, device) -> 
     return (rows[:, None] + torch.arange(left, right, device=device)).flatten()
 
 
-def _windows(
-    bounds: tuple[int, int, int, int], window: tuple[int, int], width: int, device
-) -> Iterator[torch.Tensor]:
+def _windows(bounds: tuple[int, int, int, int], window: tuple[int, int], width: int, device) -> Iterator[torch.Tensor]:
     """Token indices of each window of a region; those at the lower and right edge may be partial."""
     top, bottom, left, right = bounds
     for y in range(top, bottom, window[0]):

@@ -1,0 +1,57 @@
+# Everything runs in .venv, which the first target called creates. torch is pinned there because a plain `torch` may
+# bring several GB of CUDA packages.
+PYTHON ?= python3
+PHOTO ?= examples/chelsea.jpg
+BIN := .venv/bin
+
+.PHONY: demo test test-oldest lint format bench bench-report clean
+
+demo: .venv/installed
+	$(BIN)/hvprune info
+	$(BIN)/hvprune demo $(PHOTO) --out demo.png
+
+test: .venv/installed-test
+	$(BIN)/python -m pytest
+
+# The oldest transformers that attach supports, in an environment of its own.
+test-oldest: .venv-oldest/installed
+	.venv-oldest/bin/python -m pytest tests/test_attach.py tests/test_attach_next.py
+
+lint: .venv/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: .venv/installed-test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*')
+
+bench: .venv/installed-test
+	$(BIN)/python -m pytest benchmarks --csv
+
+bench-report: .venv/installed-test
+	$(BIN)/python benchmarks/report.py
+
+clean:
+	rm -rf .venv .venv-oldest build dist *.egg-info hvprune/*.so
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+
+# Editable, so that changes to Python files count at once; changes to sources of the extension rebuild it.
+NATIVE := setup.py pyproject.toml $(wildcard csrc/* csrc/*/*)
+
+.venv/installed: .venv/bin/python $(NATIVE)
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+.venv/installed-test: .venv/installed
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+.venv-oldest/installed: $(NATIVE)
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet torch==2.13.0 transformers==5.17.0
+	.venv-oldest/bin/python -m pip install --quiet --editable '.[test]'
+	touch $@
