@@ -11,7 +11,7 @@ demo: .venv/installed
 	$(BIN)/hvprune demo $(PHOTO) --out demo.png
 
 test: .venv/installed-test
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
 
 # The oldest transformers that attach supports, in an environment of its own.
 test-oldest: .venv-oldest/installed

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 
 import torch
 from torch.compiler import is_compiling
@@ -38,12 +41,36 @@ def _read_default_backend() -> str:
 DEFAULT_BACKEND = _read_default_backend()
 
 
+def from_triton(op: str) -> Callable:
+    """The launcher ``hvprune.triton_kernels.<op>.<op>``; Triton is imported at its first call."""
+
+    @cache
+    def launcher() -> Callable:
+        return getattr(import_module(f"hvprune.triton_kernels.{op}"), op)
+
+    return lambda *inputs: launcher()(*inputs)
+
+
 def why_unavailable(backend: str) -> str | None:
     """Why a backend cannot run on this machine at all, None if it can."""
     if backend == "cuda":
         return _native.why_no_cuda()
+    if backend == "triton":
+        return _why_no_triton()
     if backend == "cpu":
         return _native.why_no_cpu()
+    return None
+
+
+def _triton_interprets() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def _why_no_triton() -> str | None:
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if not torch.cuda.is_available() and not _triton_interprets():
+        return "torch sees no GPU (TRITON_INTERPRET=1 interprets the kernels on a CPU, slowly)"
     return None
 
 
@@ -84,7 +111,8 @@ class Op:
 
     def run(self, *args):
         inputs, backend = args[:-1], args[-1]
-        device_type = self.check(*inputs).device.type
+        lead = self.check(*inputs)
+        device_type = "cpu" if lead.is_cpu else lead.device.type  # the attribute costs a fifth
         implementation = self._chosen.get((backend, device_type))
         if implementation is None:
             implementation = self.backends[self.resolve(backend, device_type)]
@@ -107,6 +135,7 @@ class Op:
         """Why this op cannot run on that backend with tensors of that device, None if it can."""
         if backend not in self.backends:
             return f"this version of hvprune has no {backend} kernels"
-        if backend in ("cpu", "cuda") and backend != device_type:
-            return f"it takes {backend} tensors, got {device_type} tensors"
+        takes = "cuda" if backend == "triton" and not _triton_interprets() else backend
+        if takes in ("cpu", "cuda") and takes != device_type:
+            return f"it takes {takes} tensors, got {device_type} tensors"
         return why_unavailable(backend)

@@ -11,20 +11,20 @@ from hvprune import ops
 from hvprune._registry import OPS
 from hvprune.testing import CASES, assert_same_bits, backends, flatten, map_tensors
 
-# One instruction set per CPU backend: layout, batch and threads are handled by code that all of them share.
-PAIRS = [
-    pytest.param(op, backend, id=f"{op}-{backend}")
-    for op in sorted(CASES)
-    for backend in {backend.name: backend for backend in backends(op)}.values()
-]
 
-LARGE = 4096  # elements; larger cases say nothing here that smaller ones do not
+def pairs(**kwargs) -> list:
+    """Ops and backends, the CPU's with one instruction set: all of them share the code that is tested here."""
+    return [
+        pytest.param(op, backend, id=f"{op}-{backend}")
+        for op in sorted(CASES)
+        for backend in {backend.name: backend for backend in backends(op, **kwargs)}.values()
+    ]
 
 
-def small_cases(op: str) -> list:
-    """Cases of an op that run in no time."""
-    sizes = {case: max(x.numel() for x in tensors_of(case.inputs())) for case in CASES[op]}
-    return [case for case in CASES[op] if sizes[case] <= LARGE]
+def small_cases(op: str, backend=None) -> list:
+    """Larger cases say nothing here that these do not; interpreted, a few of them do."""
+    cases = [case for case in CASES[op] if case.is_small()]
+    return cases[:: len(cases) // 3] if backend and backend.interpreted else cases
 
 
 def tensors_of(value) -> list[torch.Tensor]:
@@ -54,17 +54,17 @@ def reversed_memory(x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("layout", [strided, last_dimension_strided, reversed_memory])
-@pytest.mark.parametrize("op, backend", PAIRS)
+@pytest.mark.parametrize("op, backend", pairs())
 def test_layout_does_not_matter(op, backend, layout):
-    for case in small_cases(op):
+    for case in small_cases(op, backend):
         args, kwargs = case.inputs(torch.float16, backend.device)
         expected = backend.call(op, args, kwargs)
         assert_same_bits(backend.call(op, map_tensors(args, layout), map_tensors(kwargs, layout)), expected, str(case))
 
 
-@pytest.mark.parametrize("op, backend", PAIRS)
+@pytest.mark.parametrize("op, backend", pairs(interpreted=False))
 def test_expanded_batch(op, backend):
-    for case in small_cases(op):
+    for case in small_cases(op, backend):
         args, kwargs = map_tensors(case.inputs(torch.float32, backend.device), lambda x: x[:1])
         alone = backend.call(op, args, kwargs)
         expand = lambda x: x.expand(3 * len(x), *x.shape[1:])  # noqa: E731
@@ -76,10 +76,10 @@ def test_expanded_batch(op, backend):
             assert_same_bits(result, torch.cat([single] * 3), str(case))
 
 
-@pytest.mark.parametrize("op, backend", PAIRS)
+@pytest.mark.parametrize("op, backend", pairs())
 @pytest.mark.parametrize("batch", [2, 7])
 def test_batch_does_not_matter(op, backend, batch):
-    for case in small_cases(op):
+    for case in small_cases(op, backend):
         args, kwargs = case.inputs(torch.float32, backend.device)
         first = map_tensors((args, kwargs), lambda x: x[:1])
         if not len(flatten(backend.call(op, *first))[0]):
@@ -102,11 +102,11 @@ def test_batch_does_not_matter(op, backend, batch):
                 assert_same_bits(result[position : position + 1], single, f"{case} at {position} of {batch}")
 
 
-@pytest.mark.parametrize("op, backend", PAIRS)
+@pytest.mark.parametrize("op, backend", pairs(interpreted=False))
 def test_repeats_threads_and_inputs(op, backend):
     """Same bits every time and with any number of threads; inputs are left alone; no result requires grad."""
     threads = torch.get_num_threads()
-    for case in small_cases(op):
+    for case in small_cases(op, backend):
         args, kwargs = case.inputs(torch.float32, backend.device)
         differentiable = map_tensors((args, kwargs), lambda x: x.clone().requires_grad_(x.is_floating_point()))
         expected = backend.call(op, args, kwargs)
@@ -122,7 +122,7 @@ def test_repeats_threads_and_inputs(op, backend):
             assert_same_bits(left.detach(), right, f"inputs of {case}")
 
 
-@pytest.mark.parametrize("op, backend", PAIRS)
+@pytest.mark.parametrize("op, backend", pairs(interpreted=False))
 def test_many_python_threads(op, backend):
     case = small_cases(op)[0]
     args, kwargs = case.inputs(torch.float32, backend.device)
@@ -149,13 +149,13 @@ def test_outputs_are_what_the_fake_says(op):
     """Shape, dtype, strides and device of every backend's outputs."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    for case in small_cases(op):
+    for case in small_cases(op)[::6]:
         args, kwargs = case.inputs(torch.bfloat16)
         with FakeTensorMode() as mode:
             promised = flatten(
                 getattr(ops, op)(*map_tensors(args, mode.from_tensor), **map_tensors(kwargs, mode.from_tensor))
             )
-        for backend in [*backends(op), None]:
+        for backend in [*backends(op, interpreted=False), None]:
             call = (
                 backend.call
                 if backend

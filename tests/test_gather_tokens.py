@@ -4,14 +4,12 @@ import pytest
 import torch
 
 from hvprune import ops
-from hvprune.testing import CASES, DTYPES, assert_same_bits, backends, expected
+from hvprune.testing import assert_same_bits, backends, combinations, expected
 
 OP = "gather_tokens"
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backend", backends(OP), ids=str)
-@pytest.mark.parametrize("case", CASES[OP], ids=str)
+@pytest.mark.parametrize("case, backend, dtype", combinations(OP), ids=str)
 def test_equals_reference(case, backend, dtype):
     args, kwargs = case.inputs(dtype, backend.device)
     assert_same_bits(backend.call(OP, args, kwargs), expected(case, dtype))

@@ -2,15 +2,13 @@ from __future__ import annotations
 
 import pytest
 
-from hvprune.testing import CASES, DTYPES, assert_same_bits, backends
+from hvprune.testing import assert_same_bits, combinations
 
 OP = "hivtp_select"
 SELECT_ARGUMENTS = ("regions", "keep_ratio", "window", "num_tokens")
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backend", backends(OP), ids=str)
-@pytest.mark.parametrize("case", CASES[OP], ids=str)
+@pytest.mark.parametrize("case, backend, dtype", combinations(OP), ids=str)
 def test_equals_its_ops(case, backend, dtype):
     args, kwargs = case.inputs(dtype, backend.device)
     importance_kwargs = {key: kwargs[key] for key in ("num_prefix_tokens", "scale") if key in kwargs}

@@ -43,7 +43,7 @@ def traced(backend, features: torch.Tensor, importance: torch.Tensor):
 
 
 @pytest.mark.parametrize("dtype", SIMILARITY_BOUND, ids=str)
-@pytest.mark.parametrize("backend", backends("vispruner_select"), ids=str)
+@pytest.mark.parametrize("backend", backends("vispruner_select", interpreted=False), ids=str)
 def test_vispruner_is_legal(backend, dtype):
     for seed in range(3):
         features = clip_like_features(seed, dtype)
@@ -55,7 +55,7 @@ def test_vispruner_is_legal(backend, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("backend", backends("hivtp_select"), ids=str)
+@pytest.mark.parametrize("backend", backends("hivtp_select", interpreted=False), ids=str)
 def test_hivtp_is_legal(backend, dtype):
     for seed in range(2):
         generator = torch.Generator().manual_seed(seed)
@@ -72,7 +72,7 @@ def test_hivtp_is_legal(backend, dtype):
 def sound():
     features = clip_like_features(0, torch.float32)
     importance = torch.rand(1, 576, generator=torch.Generator().manual_seed(0))
-    important, lists = traced(backends("vispruner_select")[-1], features, importance)
+    important, lists = traced(backends("vispruner_select", interpreted=False)[-1], features, importance)
     return reference.cosine_similarity(features.double())[0], importance[0].double(), important, lists
 
 

@@ -39,7 +39,7 @@ SIDE = st.integers(1, 12)
 RATIO = st.floats(0.0, 1.0)
 
 
-@pytest.mark.parametrize("backend", backends("hierarchical_select"), ids=str)
+@pytest.mark.parametrize("backend", backends("hierarchical_select", interpreted=False), ids=str)
 @EXAMPLES
 @given(data=st.data())
 def test_hierarchical_select(backend, data):
@@ -52,7 +52,7 @@ def test_hierarchical_select(backend, data):
     assert_same_bits(backend.call("hierarchical_select", (scores.to(backend.device), grid), kwargs), expected)
 
 
-@pytest.mark.parametrize("backend", backends("diverse_select"), ids=str)
+@pytest.mark.parametrize("backend", backends("diverse_select", interpreted=False), ids=str)
 @EXAMPLES
 @given(data=st.data())
 def test_diverse_select(backend, data):
@@ -66,7 +66,7 @@ def test_diverse_select(backend, data):
     assert_same_bits(backend.call("diverse_select", args, kwargs), expected)
 
 
-@pytest.mark.parametrize("backend", backends("gather_tokens"), ids=str)
+@pytest.mark.parametrize("backend", backends("gather_tokens", interpreted=False), ids=str)
 @EXAMPLES
 @given(data=st.data())
 def test_gather_tokens(backend, data):
@@ -80,7 +80,7 @@ def test_gather_tokens(backend, data):
     assert_same_bits(backend.call("gather_tokens", args, kwargs), expected)
 
 
-@pytest.mark.parametrize("backend", backends("attention_importance"), ids=str)
+@pytest.mark.parametrize("backend", backends("attention_importance", interpreted=False), ids=str)
 @settings(EXAMPLES, max_examples=60)
 @given(data=st.data())
 def test_attention_importance(backend, data):
@@ -95,7 +95,7 @@ def test_attention_importance(backend, data):
     assert_no_worse_than_torch(result.cpu(), oracle, by_torch("attention_importance", (queries, keys), kwargs))
 
 
-@pytest.mark.parametrize("backend", backends("vispruner_select"), ids=str)
+@pytest.mark.parametrize("backend", backends("vispruner_select", interpreted=False), ids=str)
 @settings(EXAMPLES, max_examples=100)
 @given(data=st.data())
 def test_vispruner_select_equals_its_ops(backend, data):

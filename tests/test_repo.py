@@ -21,6 +21,7 @@ COMPOSED = {"hivtp_select"}  # no kernel of its own on a CPU: it calls those of 
 @pytest.mark.parametrize("op", sorted(OPS))
 def test_every_op_has_its_files(op):
     files = [f"hvprune/ops/{op}.py", f"hvprune/reference/{op}.py", f"tests/test_{op}.py", f"benchmarks/bench_{op}.py"]
+    files += [f"triton_kernels/{op}.py"]
     files += [] if op in COMPOSED else [f"csrc/cpu/{op}.cpp"]
     assert [name for name in files if not (ROOT / name).is_file()] == []
     assert f"`{op}`" in (ROOT / "README.md").read_text()

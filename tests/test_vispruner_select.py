@@ -2,14 +2,12 @@ from __future__ import annotations
 
 import pytest
 
-from hvprune.testing import CASES, DTYPES, assert_same_bits, backends
+from hvprune.testing import assert_same_bits, combinations
 
 OP = "vispruner_select"
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backend", backends(OP), ids=str)
-@pytest.mark.parametrize("case", CASES[OP], ids=str)
+@pytest.mark.parametrize("case, backend, dtype", combinations(OP), ids=str)
 def test_equals_its_ops(case, backend, dtype):
     (features, importance, num_tokens), kwargs = case.inputs(dtype, backend.device)
     similarity = backend.call("cosine_similarity", (features,), {})

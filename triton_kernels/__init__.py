@@ -1,1 +1,1 @@
-"""Triton kernels, installed as ``hvprune.triton_kernels``: one file per op. This version has none yet."""
+"""Triton kernels, installed as ``hvprune.triton_kernels``: one file per op, its launcher named like it."""

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import _native, reference
 from .._checks import as_layers, check_layers, check_prefix, value_error
-from .._registry import Op
+from .._registry import Op, from_triton
 
 
 def aggregate_attention(
@@ -36,7 +36,7 @@ def aggregate_attention(
     Returns:
         (B, N) float32 with N = L - P. Sums in at least float32; NaN in a map is NaN in its column.
 
-    Memory: on a CPU 8 * B * layers * H * L bytes of scratch.
+    Memory: on a CPU 8 * B * layers * H * N bytes; with Triton 4 * B * layers * H * N * ceil(L / 64) bytes.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
@@ -59,7 +59,7 @@ def _check(attentions, num_prefix_tokens, rows):
 
 def _out(attentions, num_prefix_tokens, rows):
     batch, _, _, length = attentions[0].shape
-    return attentions[0].new_empty((batch, length - num_prefix_tokens), dtype=torch.float32)
+    return attentions[0].new_empty(batch, length - num_prefix_tokens, dtype=torch.float32)
 
 
 def _reference(attentions, num_prefix_tokens, rows):
@@ -90,5 +90,5 @@ _OP = Op(
     "(Tensor[] attentions, int num_prefix_tokens=1, str rows='all', str backend='auto') -> Tensor",
     check=_check,
     out=_out,
-    backends={"cpu": _cpu, "reference": _reference},
+    backends={"triton": from_triton("aggregate_attention"), "cpu": _cpu, "reference": _reference},
 )

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import _native, reference
 from .._checks import as_layers, check_layers, check_prefix, type_error, value_error
-from .._registry import Op
+from .._registry import Op, from_triton
 
 
 def attention_importance(
@@ -41,7 +41,8 @@ def attention_importance(
         (B, N) float32 with N = L - P, computed in float32 whatever the inputs are. A NaN anywhere in a layer's
         keys, or in a query row that counts, makes the whole image NaN, as the softmax does.
 
-    Memory: on a CPU 8 * B * layers * H * L bytes, plus 4 * L * (D + 8) bytes per thread.
+    Memory: on a CPU 8 * B * layers * H * L bytes, plus 4 * L * (D + 8) bytes per thread; with Triton
+    4 * B * layers * H * N * ceil(L / 32) bytes at most.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
@@ -86,7 +87,7 @@ def _check(queries, keys, num_prefix_tokens, rows, scale, logsumexp):
 
 def _out(queries, keys, num_prefix_tokens, rows, scale, logsumexp):
     batch, _, length, _ = queries[0].shape
-    return queries[0].new_empty((batch, length - num_prefix_tokens), dtype=torch.float32)
+    return queries[0].new_empty(batch, length - num_prefix_tokens, dtype=torch.float32)
 
 
 def _reference(queries, keys, num_prefix_tokens, rows, scale, logsumexp):
@@ -128,5 +129,5 @@ _OP = Op(
     " Tensor[]? logsumexp=None, str backend='auto') -> Tensor",
     check=_check,
     out=_out,
-    backends={"cpu": _cpu, "reference": _reference},
+    backends={"triton": from_triton("attention_importance"), "cpu": _cpu, "reference": _reference},
 )

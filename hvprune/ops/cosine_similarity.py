@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .. import _native, reference
 from .._checks import HALF_DTYPES, check_floats
-from .._registry import Op
+from .._registry import Op, from_triton
 
 
 def cosine_similarity(features: Tensor, *, backend: str = "auto") -> Tensor:
@@ -22,7 +22,7 @@ def cosine_similarity(features: Tensor, *, backend: str = "auto") -> Tensor:
         bit, and the same bits whatever else is in the batch. An all-zero row has cosine 0 with every token; a
         row that holds NaN or inf has -inf with every token, itself included: it is never a duplicate.
 
-    Memory: the result; on a CPU also 4 * N * C bytes per image in work.
+    Memory: the result; on a CPU also 4 * N * C bytes per image in work, with Triton a copy of the features.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
@@ -41,7 +41,7 @@ def _check(features):
 def _out(features):
     batch, total, _ = features.shape
     dtype = torch.float16 if features.dtype in HALF_DTYPES else torch.float32
-    return features.new_empty((batch, total, total), dtype=dtype)
+    return features.new_empty(batch, total, total, dtype=dtype)
 
 
 def _cpu(features):
@@ -63,5 +63,5 @@ _OP = Op(
     "(Tensor features, str backend='auto') -> Tensor",
     check=_check,
     out=_out,
-    backends={"cpu": _cpu, "reference": reference.cosine_similarity},
+    backends={"triton": from_triton("cosine_similarity"), "cpu": _cpu, "reference": reference.cosine_similarity},
 )

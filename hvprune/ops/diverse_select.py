@@ -13,7 +13,7 @@ from .._checks import (
     type_error,
     value_error,
 )
-from .._registry import Op
+from .._registry import Op, from_triton
 from ..selection import Selection, empty_selection
 
 
@@ -51,7 +51,7 @@ def diverse_select(
         makes every score -inf. Same bits on every backend.
 
     Memory: outputs; on a CPU also 24 * N bytes per thread, and 4 * N * N bytes per thread unless ``similarity`` is
-    float32 with N a multiple of 16.
+    float32 with N a multiple of 16; with Triton 16 * B * N bytes.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
@@ -103,7 +103,7 @@ def _out(similarity, importance, num_tokens, important_ratio, removals_per_round
         num_important = int(num_tokens * important_ratio)
         residual = total - num_important
         lists = 1 + _num_rounds(residual, num_tokens - num_important, removals_per_round)
-    trace = importance.new_empty((batch, lists, residual), dtype=torch.int64)
+    trace = importance.new_empty(batch, lists, residual, dtype=torch.int64)
     return *empty_selection(importance, batch, num_tokens, total), trace
 
 
@@ -116,7 +116,7 @@ def _reference(similarity, importance, num_tokens, important_ratio, removals_per
         removals_per_round=removals_per_round,
         return_trace=True,
     )
-    return *selection, trace if return_trace else trace.new_empty((trace.shape[0], 0, 0))
+    return *selection, trace if return_trace else trace.new_empty(trace.shape[0], 0, 0)
 
 
 def _cpu(similarity, importance, num_tokens, important_ratio, removals_per_round, return_trace):
@@ -152,5 +152,5 @@ _OP = Op(
     " -> (Tensor, Tensor, Tensor, Tensor)",
     check=_check,
     out=_out,
-    backends={"cpu": _cpu, "reference": _reference},
+    backends={"triton": from_triton("diverse_select"), "cpu": _cpu, "reference": _reference},
 )

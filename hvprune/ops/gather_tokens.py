@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .. import _native, reference
 from .._checks import check_floats, check_same_device, type_error, value_error
-from .._registry import Op
+from .._registry import Op, from_triton
 from ..selection import Selection
 
 
@@ -54,7 +54,7 @@ def _check(features, indices, pad_value):
 
 
 def _out(features, indices, pad_value):
-    return features.new_empty((features.shape[0], indices.shape[1], features.shape[2]))
+    return features.new_empty(features.shape[0], indices.shape[1], features.shape[2])
 
 
 def _reference(features, indices, pad_value):
@@ -84,5 +84,5 @@ _OP = Op(
     "(Tensor features, Tensor indices, float pad_value=0.0, str backend='auto') -> Tensor",
     check=_check,
     out=_out,
-    backends={"cpu": _cpu, "reference": _reference},
+    backends={"triton": from_triton("gather_tokens"), "cpu": _cpu, "reference": _reference},
 )

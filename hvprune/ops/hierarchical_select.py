@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import _native, reference
 from .._checks import check_floats, check_num_tokens, check_pair, check_ratio, value_error
-from .._registry import Op
+from .._registry import Op, from_triton
 from ..selection import Selection, empty_selection
 
 
@@ -44,7 +44,7 @@ def hierarchical_select(
         Selection with M = K, or in natural mode M = the most that any scores can keep (288 for the defaults).
         Equal scores: lower token index first. NaN ranks below -inf, -0 equals +0. Same bits on every backend.
 
-    Memory: outputs only, plus 16 * N bytes per thread on a CPU.
+    Memory: outputs, plus 13 * N bytes per thread on a CPU.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
@@ -138,5 +138,5 @@ _OP = Op(
     " int? num_tokens=None, str backend='auto') -> (Tensor, Tensor, Tensor)",
     check=_check,
     out=_out,
-    backends={"cpu": _cpu, "reference": _reference},
+    backends={"triton": from_triton("hierarchical_select"), "cpu": _cpu, "reference": _reference},
 )

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .. import reference
 from .._checks import as_layers, check_prefix
-from .._registry import Op
+from .._registry import Op, from_triton
 from ..selection import Selection
 from .attention_importance import _cpu as attention_importance_cpu
 from .attention_importance import check_queries_keys
@@ -90,5 +90,5 @@ _OP = Op(
     " str backend='auto') -> (Tensor, Tensor, Tensor)",
     check=_check,
     out=_out,
-    backends={"cpu": _cpu, "reference": _reference},
+    backends={"triton": from_triton("hivtp_select"), "cpu": _cpu, "reference": _reference},
 )

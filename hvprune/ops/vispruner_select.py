@@ -4,7 +4,7 @@ from torch import Tensor
 
 from .. import _native, reference
 from .._checks import check_floats, check_same_device, value_error
-from .._registry import Op
+from .._registry import Op, from_triton
 from ..selection import Selection, empty_selection
 from .diverse_select import check_budget
 
@@ -86,5 +86,5 @@ _OP = Op(
     " int removals_per_round=8, str backend='auto') -> (Tensor, Tensor, Tensor)",
     check=_check,
     out=_out,
-    backends={"cpu": _cpu, "reference": _reference},
+    backends={"triton": from_triton("vispruner_select"), "cpu": _cpu, "reference": _reference},
 )

@@ -26,6 +26,7 @@ __all__ = [
     "assert_same_bits",
     "backends",
     "by_torch",
+    "combinations",
     "expected",
     "flatten",
     "map_tensors",
@@ -47,8 +48,13 @@ class Backend:
     device: str
     isa: str | None = None
 
+    @property
+    def interpreted(self) -> bool:
+        """Triton's interpreter, which is right and slow."""
+        return self.name == "triton" and self.device == "cpu"
+
     def __str__(self) -> str:
-        return f"{self.name}-{self.isa or self.device}"
+        return f"{self.name}-{'interpreter' if self.interpreted else self.isa or self.device}"
 
     def call(self, op: str, args: tuple, kwargs: dict):
         with self.active():
@@ -67,15 +73,38 @@ class Backend:
             _native.C.set_cpu_isa(widest)
 
 
-def backends(op: str) -> list[Backend]:
-    """Every backend but the reference that can run the op here."""
+def backends(op: str, *, interpreted: bool = True) -> list[Backend]:
+    """Every backend but the reference that can run the op here; Triton's interpreter only if wanted."""
     found = []
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         for name in ("cpu", "cuda", "triton"):
             if OPS[op].why_unavailable(name, device) is None:
                 isas = _native.C.cpu_isas() if name == "cpu" else [None]
                 found += [Backend(name, device, isa) for isa in isas]
-    return found
+    return [backend for backend in found if interpreted or not backend.interpreted]
+
+
+def combinations(op: str) -> list[tuple[Case, Backend, torch.dtype]]:
+    """Every case of the op on every backend in every dtype.
+
+    Interpreted: the first case, which has a real size, in float16; small cases in float32, a few in the others too.
+    """
+    cases = CASES[op]
+
+    def included(index: int, backend: Backend, dtype: torch.dtype) -> bool:
+        if not backend.interpreted:
+            return True
+        if index == 0:
+            return dtype == torch.float16
+        return cases[index].is_small() and (dtype == torch.float32 or index % 5 == 0)
+
+    return [
+        (case, backend, dtype)
+        for index, case in enumerate(cases)
+        for backend in backends(op)
+        for dtype in DTYPES
+        if included(index, backend, dtype)
+    ]
 
 
 # Comparisons

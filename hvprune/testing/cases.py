@@ -16,6 +16,8 @@ from torch import Tensor
 from .. import reference
 from ..selection import Selection
 
+SMALL = 6000
+
 
 @dataclass(frozen=True)
 class Case:
@@ -32,6 +34,12 @@ class Case:
         generator = torch.Generator().manual_seed(zlib.crc32(f"{self.op} {self.name}".encode()))
         args, kwargs = self.make(generator, dtype)
         return map_tensors(args, lambda x: x.to(device)), map_tensors(kwargs, lambda x: x.to(device))
+
+    def is_small(self) -> bool:
+        """Whether no input has more than SMALL elements: such a case takes no time on any backend."""
+        sizes = []
+        map_tensors(self.inputs(), lambda x: sizes.append(x.numel()) or x)
+        return max(sizes) <= SMALL
 
 
 def map_tensors(value, f: Callable[[Tensor], Tensor]):
