@@ -1,6 +1,11 @@
 """hvprune: fused kernels for visual token pruning (HIVTP and VisPruner)."""
 
-from . import ops, reference
+import warnings
+
+with warnings.catch_warnings():
+    # torch says so once, where its operator registry loads; nothing here needs NumPy.
+    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+    from . import ops, reference
 from ._registry import BackendUnavailable
 from .integrations import HIVTP, VisPruner, attach
 from .selection import Selection
