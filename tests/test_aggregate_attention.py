@@ -1,9 +1,10 @@
 from __future__ import annotations
 
 import pytest
+from emulated import backends
 
 from hvprune import reference
-from hvprune.testing import CASES, DTYPES, assert_no_worse_than_torch, backends, oracle_and_torch
+from hvprune.testing import CASES, DTYPES, assert_no_worse_than_torch, oracle_and_torch
 
 OP = "aggregate_attention"
 

@@ -2,13 +2,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from emulated import backends
 
 from hvprune import reference
 from hvprune.testing import (
     CASES,
     DTYPES,
     assert_no_worse_than_torch,
-    backends,
     by_torch,
     numeric_oracle,
     oracle_and_torch,

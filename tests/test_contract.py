@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 import pytest
 import torch
+from emulated import backends, emulated
 
-from hvprune import ops
+from hvprune import ops, testing
 from hvprune._registry import OPS
-from hvprune.testing import CASES, assert_same_bits, backends, flatten, map_tensors
+from hvprune.testing import CASES, assert_same_bits, flatten, map_tensors
 
 # One instruction set per CPU backend: layout, batch and threads are handled by code that all of them share.
-PAIRS = [
-    pytest.param(op, backend, id=f"{op}-{backend}")
-    for op in sorted(CASES)
-    for backend in {backend.name: backend for backend in backends(op)}.values()
-]
+BACKENDS = {op: list({backend.name: backend for backend in testing.backends(op)}.values()) for op in CASES}
+
+
+def pairs(backends_of: Callable) -> list:
+    return [pytest.param(op, b, id=f"{op}-{b}") for op in sorted(CASES) for b in backends_of(op)]
+
+
+PAIRS = pairs(lambda op: BACKENDS[op] + emulated(op))
 
 LARGE = 4096  # elements; larger cases say nothing here that smaller ones do not
 
@@ -122,7 +127,7 @@ def test_repeats_threads_and_inputs(op, backend):
             assert_same_bits(left.detach(), right, f"inputs of {case}")
 
 
-@pytest.mark.parametrize("op, backend", PAIRS)
+@pytest.mark.parametrize("op, backend", pairs(BACKENDS.get))  # the emulation is not made for threads
 def test_many_python_threads(op, backend):
     case = small_cases(op)[0]
     args, kwargs = case.inputs(torch.float32, backend.device)

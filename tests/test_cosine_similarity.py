@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from emulated import backends
 
 from hvprune import reference
 from hvprune.testing import (
@@ -9,7 +10,6 @@ from hvprune.testing import (
     DTYPES,
     assert_no_worse_than_torch,
     assert_same_bits,
-    backends,
     oracle_and_torch,
 )
 

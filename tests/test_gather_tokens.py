@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from emulated import backends
 
 from hvprune import ops
-from hvprune.testing import CASES, DTYPES, assert_same_bits, backends, expected
+from hvprune.testing import CASES, DTYPES, assert_same_bits, expected
 
 OP = "gather_tokens"
 

@@ -4,9 +4,10 @@ import itertools
 
 import pytest
 import torch
+from emulated import backends
 
 from hvprune import ops
-from hvprune.testing import CASES, DTYPES, assert_same_bits, backends, expected
+from hvprune.testing import CASES, DTYPES, assert_same_bits, expected
 
 OP = "hierarchical_select"
 

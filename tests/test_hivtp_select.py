@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import pytest
+from emulated import backends
 
-from hvprune.testing import CASES, DTYPES, assert_same_bits, backends
+from hvprune.testing import CASES, DTYPES, assert_same_bits
 
 OP = "hivtp_select"
 SELECT_ARGUMENTS = ("regions", "keep_ratio", "window", "num_tokens")

@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import pytest
+from emulated import backends
 
-from hvprune.testing import CASES, DTYPES, assert_same_bits, backends
+from hvprune.testing import CASES, DTYPES, assert_same_bits
 
 OP = "vispruner_select"
 

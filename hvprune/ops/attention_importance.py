@@ -95,7 +95,7 @@ def _reference(queries, keys, num_prefix_tokens, rows, scale, logsumexp):
     )
 
 
-def _cpu(queries, keys, num_prefix_tokens, rows, scale, logsumexp):
+def _compiled(queries, keys, num_prefix_tokens, rows, scale, logsumexp):
     out = _out(queries, keys, num_prefix_tokens, rows, scale, logsumexp)
     # The lists keep copies of oddly strided inputs alive until the call returns.
     queries = [_native.rows(layer) for layer in queries]
@@ -106,7 +106,9 @@ def _cpu(queries, keys, num_prefix_tokens, rows, scale, logsumexp):
         normaliser = (0, 0, 0) if logsumexp is None else (logsumexp[i].data_ptr(), *logsumexp[i].stride()[:2])
         layers.append((query.data_ptr(), *query.stride()[:3], key.data_ptr(), *key.stride()[:3], *normaliser))
     batch, heads, length, dim = queries[0].shape
-    _native.C.attention_importance_cpu(
+    _native.launch(
+        "attention_importance",
+        out.device,
         layers,
         out.data_ptr(),
         _native.DTYPE_CODES[queries[0].dtype],
@@ -117,7 +119,6 @@ def _cpu(queries, keys, num_prefix_tokens, rows, scale, logsumexp):
         num_prefix_tokens,
         rows == "cls",
         dim**-0.5 if scale is None else scale,
-        _native.num_threads(),
     )
     return out
 
@@ -128,5 +129,5 @@ _OP = Op(
     " Tensor[]? logsumexp=None, str backend='auto') -> Tensor",
     check=_check,
     out=_out,
-    backends={"cpu": _cpu, "reference": _reference},
+    backends={"cpu": _compiled, "reference": _reference},
 )

@@ -8,9 +8,9 @@ from .. import reference
 from .._checks import as_layers, check_prefix
 from .._registry import Op
 from ..selection import Selection
-from .attention_importance import _cpu as attention_importance_cpu
+from .attention_importance import _compiled as attention_importance_compiled
 from .attention_importance import check_queries_keys
-from .hierarchical_select import _cpu as hierarchical_select_cpu
+from .hierarchical_select import _compiled as hierarchical_select_compiled
 from .hierarchical_select import _out as hierarchical_select_out
 from .hierarchical_select import check_hierarchy
 
@@ -78,9 +78,9 @@ def _reference(queries, keys, grid, num_prefix_tokens, scale, regions, keep_rati
     )
 
 
-def _cpu(queries, keys, grid, num_prefix_tokens, scale, regions, keep_ratio, window, num_tokens):
-    importance = attention_importance_cpu(queries, keys, num_prefix_tokens, "all", scale, None)
-    return hierarchical_select_cpu(importance, grid, regions, keep_ratio, window, num_tokens)
+def _compiled(queries, keys, grid, num_prefix_tokens, scale, regions, keep_ratio, window, num_tokens):
+    importance = attention_importance_compiled(queries, keys, num_prefix_tokens, "all", scale, None)
+    return hierarchical_select_compiled(importance, grid, regions, keep_ratio, window, num_tokens)
 
 
 _OP = Op(
@@ -90,5 +90,5 @@ _OP = Op(
     " str backend='auto') -> (Tensor, Tensor, Tensor)",
     check=_check,
     out=_out,
-    backends={"cpu": _cpu, "reference": _reference},
+    backends={"cpu": _compiled, "reference": _reference},
 )

@@ -61,7 +61,9 @@ def _reference(features, importance, num_tokens, important_ratio, removals_per_r
 def _cpu(features, importance, num_tokens, important_ratio, removals_per_round):
     indices, counts, mask = outputs = _out(features, importance, num_tokens, important_ratio, removals_per_round)
     features, importance = _native.rows(features), _native.rows(importance)
-    _native.C.vispruner_select_cpu(
+    _native.launch(
+        "vispruner_select",
+        features.device,
         features.data_ptr(),
         *features.stride()[:2],
         _native.DTYPE_CODES[features.dtype],
@@ -75,7 +77,6 @@ def _cpu(features, importance, num_tokens, important_ratio, removals_per_round):
         num_tokens,
         int(num_tokens * important_ratio),
         removals_per_round,
-        _native.num_threads(),
     )
     return outputs
 
