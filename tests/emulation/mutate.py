@@ -17,7 +17,7 @@ from pathlib import Path
 import build
 
 BARRIER = re.compile(
-    r"\b(__syncthreads|__syncwarp|cluster_sync|exchange_wait|programmatic_wait|__threadfence(_block)?"
+    r"\b(?:hvp::)?(__syncthreads|__syncwarp|cluster_sync|exchange_wait|programmatic_wait|__threadfence(_block)?"
     r"|cp_async_wait<\w+>)\([^;]*\);"
 )
 
@@ -26,7 +26,7 @@ def mutants(source: Path) -> Iterator[tuple[int, str, str]]:
     """(line, deleted statement, text of the mutant) of each barrier; lines keep their numbers."""
     text = source.read_text()
     for match in BARRIER.finditer(text):
-        blank = ";" + re.sub(r"[^\n]", " ", match.group())[1:]
+        blank = "{}" + re.sub(r"[^\n]", " ", match.group())[2:]
         yield (
             text.count("\n", 0, match.start()) + 1,
             match.group(),
