@@ -93,7 +93,7 @@ class NinjaBuild(build_ext):
             "cxx": shlex.join(shlex.split(os.environ.get("CXX", "c++"))),
             "nvcc": nvcc or "",
             "cflags": cflags,
-            "cuflags": f"-std=c++17 -O3 -lineinfo -t2 -Xptxas --warn-on-spills {' '.join(gencode)}"
+            "cuflags": f"-std=c++17 -O3 -lineinfo -t2 -Xptxas --warn-on-spills -I{ROOT / 'csrc'} {' '.join(gencode)}"
             " -Xcompiler=-fPIC,-fvisibility=hidden",
             "link": link if nvcc else "$cxx -shared -fopenmp -s -Wl,--exclude-libs,ALL",
         }

@@ -7,6 +7,9 @@
 
 #include "common.h"
 
+struct CUstream_st;  // as CUDA's own headers declare it: this one compiles without them
+using cudaStream_t = CUstream_st*;
+
 namespace hvprune {
 
 struct AttentionMap {  // one layer
@@ -42,6 +45,7 @@ struct AttentionImportanceArgs {
     bool cls_row;
     float scale;
     int num_threads;
+    void* scratch = nullptr;  // CUDA only: B * (12 * N + 4) bytes aligned to 8, in any state
 };
 
 struct HierarchicalSelectArgs {
@@ -120,6 +124,16 @@ void diverse_select_cpu(const DiverseSelectArgs& args);
 void gather_tokens_cpu(const GatherTokensArgs& args);
 void hierarchical_select_cpu(const HierarchicalSelectArgs& args);
 void vispruner_select_cpu(const VisprunerSelectArgs& args);
+
+// The CUDA kernels, started on a stream of the current device; addresses are of its memory, but for the arrays of
+// layers. They throw std::runtime_error for an error of CUDA, naming op, error and line, and std::invalid_argument for
+// a size that no launch can take. num_threads is not used.
+void aggregate_attention_cuda(const AggregateAttentionArgs& args, cudaStream_t stream);
+void attention_importance_cuda(const AttentionImportanceArgs& args, cudaStream_t stream);
+void cosine_similarity_cuda(const CosineSimilarityArgs& args, cudaStream_t stream);
+void diverse_select_cuda(const DiverseSelectArgs& args, cudaStream_t stream);
+void gather_tokens_cuda(const GatherTokensArgs& args, cudaStream_t stream);
+void hierarchical_select_cuda(const HierarchicalSelectArgs& args, cudaStream_t stream);
 
 // Instruction sets, narrowest first: "baseline", "avx2", "avx512". Setting one is for tests; it throws
 // std::invalid_argument if this machine lacks it.

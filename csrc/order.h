@@ -24,6 +24,24 @@ HVP_FUNC int32_t order_key(float value) {
     return bits >= 0 ? bits : bits ^ 0x7fffffff;
 }
 
+// The highest key that at least k of n keys reach (1 <= k <= n), by bisection over its bits; count(key) tells how many
+// keys are not below it. Stops early at a lower key that exactly k keys reach. k minus the number of keys above the
+// result is then the number of those equal to it that are among the best k, the first in order.
+template <class Count>
+HVP_FUNC int32_t kth_best_key(int64_t n, int64_t k, Count count) {
+    uint32_t threshold = 0;  // counted from INT32_MIN
+    int64_t reached = n;
+    for (int bit = 31; bit >= 0 && reached != k; --bit) {
+        const uint32_t trial = threshold | uint32_t{1} << bit;
+        const int64_t reach_trial = count(static_cast<int32_t>(trial ^ 0x80000000u));
+        if (reach_trial >= k) {
+            threshold = trial;
+            reached = reach_trial;
+        }
+    }
+    return static_cast<int32_t>(threshold ^ 0x80000000u);
+}
+
 // First row or column of part i when a side of `size` tokens is cut in `parts`.
 HVP_FUNC constexpr int64_t region_begin(int64_t i, int64_t size, int64_t parts) { return i * size / parts; }
 

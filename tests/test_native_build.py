@@ -11,6 +11,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import torch
 
 from hvprune import _native
 from hvprune._registry import OPS
@@ -35,6 +36,40 @@ def test_exports_every_op():
     exported = {name for name in dir(_native.C) if name.endswith("_cpu")}
     # hivtp_select calls the kernels of its two ops.
     assert exported == {f"{op}_cpu" for op in OPS} - {"hivtp_select_cpu"}
+
+
+needs_cuda = pytest.mark.skipif(not _native.C.cuda_archs, reason="hvprune._C was built without CUDA")
+
+
+@needs_cuda
+def test_exports_the_cuda_kernels():
+    exported = {name for name in dir(_native.C) if name.endswith("_cuda")}
+    # The pipelines launch the kernels of their two ops.
+    assert exported == {f"{op}_cuda" for op in OPS if "cuda" in OPS[op].backends} - {
+        "hivtp_select_cuda",
+        "vispruner_select_cuda",
+    }
+
+
+def test_cuda_compiled_where_it_was_asked_for():
+    assert _native.C.cuda_archs or os.environ.get("HVPRUNE_CUDA") != "1"
+
+
+@needs_cuda
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+@pytest.mark.parametrize(
+    "op, arguments",
+    [
+        ("aggregate_attention", ([(0, 4, 4, 2)], 0, 0, 1, 1, 2, 1, False)),
+        ("diverse_select", (0, 1, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 8)),
+        ("gather_tokens", (0, 1, 1, 0, 1, 0, 0, 1, 1, 1, 1, 0.0)),
+        ("hierarchical_select", (0, 1, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1.0, 1, False)),
+    ],
+)
+def test_without_a_device_a_launch_names_op_error_and_line(op, arguments):
+    message = rf"^{op}: cudaError\w+: .+ \(.*{op}\.cu:\d+\)$"
+    with pytest.raises(RuntimeError, match=message):
+        getattr(_native.C, f"{op}_cuda")(*arguments, 0)
 
 
 def test_links_neither_torch_nor_cuda():

@@ -35,19 +35,11 @@ template <class Keep>
 HVP_FUNC void keep_best(const int32_t* keys, int64_t n, int64_t k, Keep keep) {
     if (k > n) k = n;
     if (k <= 0) return;
-    uint32_t threshold = 0;  // the highest that at least k keys reach, counted from INT32_MIN
-    int64_t reached = n;
-    for (int bit = 31; bit >= 0 && reached != k; --bit) {
-        const uint32_t trial = threshold | uint32_t{1} << bit;
-        const int32_t trial_key = static_cast<int32_t>(trial ^ 0x80000000u);
+    const int32_t threshold_key = kth_best_key(n, k, [&](int32_t key) {
         int32_t count = 0;
-        for (int64_t i = 0; i < n; ++i) count += keys[i] >= trial_key;
-        if (count >= k) {
-            threshold = trial;
-            reached = count;
-        }
-    }
-    const int32_t threshold_key = static_cast<int32_t>(threshold ^ 0x80000000u);
+        for (int64_t i = 0; i < n; ++i) count += keys[i] >= key;
+        return count;
+    });
     int64_t ties = k;  // places left for keys equal to the threshold
     for (int64_t i = 0; i < n; ++i) ties -= keys[i] > threshold_key;
     for (int64_t i = 0; i < n; ++i) {

@@ -16,11 +16,10 @@
 // HVP_SHARED(T, name, count): a static array in shared memory.
 // HVP_DYNAMIC_SHARED(T, name): T* to the launch's dynamic shared memory, aligned to 128 bytes.
 #ifdef HVP_EMULATE
-#define HVP_SHARED(T, name, count)                                          \
-    static char name##_tag;                                                 \
-    T(&name)                                                                \
-    [count] = *static_cast<T(*)[count]>(                                    \
-        ::emulation::shared_memory(&name##_tag, sizeof(T) * (count)))
+#define HVP_SHARED(T, name, count) \
+    static char name##_tag;        \
+    T(&name)                       \
+    [count] = *static_cast<T(*)[count]>(::emulation::shared_memory(&name##_tag, sizeof(T) * (count)))
 #define HVP_DYNAMIC_SHARED(T, name) T* name = static_cast<T*>(::emulation::dynamic_shared_memory())
 #else
 #define HVP_SHARED(T, name, count) __shared__ T name[count]
@@ -42,9 +41,8 @@ inline void check_cuda(cudaError_t error, const char* op, const char* file, int 
 #ifndef HVP_EMULATE
     cudaGetLastError();  // a launch error that is not sticky must not surface in the next call
 #endif
-    throw std::runtime_error(std::string(op) + ": " + cudaGetErrorName(error) + ": " +
-                             cudaGetErrorString(error) + " (" + file + ":" + std::to_string(line) +
-                             ")");
+    throw std::runtime_error(std::string(op) + ": " + cudaGetErrorName(error) + ": " + cudaGetErrorString(error) +
+                             " (" + file + ":" + std::to_string(line) + ")");
 }
 
 struct LaunchConfig {
@@ -78,9 +76,9 @@ template <class... Params, class... Args>
 cudaError_t launch(const LaunchConfig& config, void (*kernel)(Params...), Args... args) {
     static_assert(sizeof...(Params) == sizeof...(Args), "one argument per kernel parameter");
 #ifdef HVP_EMULATE
-    return ::emulation::launch({config.grid, config.block, dim3(config.cluster),
-                                config.dynamic_shared_bytes, config.dependent},
-                               [&] { kernel(static_cast<Params>(args)...); });
+    return ::emulation::launch(
+        {config.grid, config.block, dim3(config.cluster), config.dynamic_shared_bytes, config.dependent},
+        [&] { kernel(static_cast<Params>(args)...); });
 #else
     constexpr size_t kDefaultDynamicShared = 48 * 1024;  // bytes available without asking
     constexpr unsigned kPortableCluster = 8;
@@ -205,6 +203,7 @@ __device__ inline uint32_t shared_address(const void* shared) {
 // By one thread; cluster_sync() must follow before the first use.
 __device__ inline void exchange_init(ExchangeBarrier* barrier) {
 #ifdef HVP_EMULATE
+    *barrier = 0;
     ::emulation::mbarrier_init(barrier);
 #elif __CUDA_ARCH__ >= 900
     asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
@@ -214,11 +213,9 @@ __device__ inline void exchange_init(ExchangeBarrier* barrier) {
 
 __device__ inline void exchange_expect(ExchangeBarrier* barrier, unsigned bytes) {
 #ifdef HVP_EMULATE
-    ::emulation::mbarrier_expect(barrier, bytes);
+    ::emulation::mbarrier_expect(::emulation::observed(barrier), bytes);
 #elif __CUDA_ARCH__ >= 900
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
-                     shared_address(barrier)),
-                 "r"(bytes)
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                  : "memory");
 #endif
 }
@@ -229,27 +226,21 @@ __device__ void exchange_send(T* slot, T value, ExchangeBarrier* barrier, unsign
     static_assert(sizeof(T) == 4 || sizeof(T) == 8, "st.async stores 4 or 8 bytes");
 #ifdef HVP_EMULATE
     *cluster_map(slot, rank) = value;
-    ::emulation::mbarrier_complete(cluster_map(barrier, rank), sizeof(T));
+    ::emulation::mbarrier_complete(::emulation::observed(cluster_map(barrier, rank)), sizeof(T));
 #elif __CUDA_ARCH__ >= 900
     uint32_t remote_slot, remote_barrier;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;"
-        : "=r"(remote_slot)
-        : "r"(shared_address(slot)), "r"(rank));
-    asm("mapa.shared::cluster.u32 %0, %1, %2;"
-        : "=r"(remote_barrier)
-        : "r"(shared_address(barrier)), "r"(rank));
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote_slot) : "r"(shared_address(slot)), "r"(rank));
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote_barrier) : "r"(shared_address(barrier)), "r"(rank));
     if constexpr (sizeof(T) == 4) {
         uint32_t bits;
         memcpy(&bits, &value, sizeof bits);
-        asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(
-                         remote_slot),
+        asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(remote_slot),
                      "r"(bits), "r"(remote_barrier)
                      : "memory");
     } else {
         uint64_t bits;
         memcpy(&bits, &value, sizeof bits);
-        asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b64 [%0], %1, [%2];" ::"r"(
-                         remote_slot),
+        asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b64 [%0], %1, [%2];" ::"r"(remote_slot),
                      "l"(bits), "r"(remote_barrier)
                      : "memory");
     }
@@ -260,7 +251,7 @@ __device__ void exchange_send(T* slot, T value, ExchangeBarrier* barrier, unsign
 
 #ifdef HVP_EMULATE
 inline void exchange_wait(ExchangeBarrier* barrier, unsigned parity, int line = __builtin_LINE()) {
-    ::emulation::mbarrier_wait(barrier, parity, line);
+    ::emulation::mbarrier_wait(::emulation::observed(barrier), parity, line);
 }
 #else
 __device__ inline void exchange_wait(ExchangeBarrier* barrier, unsigned parity) {

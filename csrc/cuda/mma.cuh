@@ -13,15 +13,23 @@ namespace hvp {
 
 #ifdef HVP_EMULATE
 
+// The values of all 32 lanes.
+template <class T>
+const ::emulation::Lane* gather_warp(const T& value, const char* op, int line) {
+    const auto all = ::emulation::exchange(~0u, ::emulation::pack(value), op, line);
+    if (all.mask != ~0u) ::emulation::fail(std::string(op) + ": the warp is not full");
+    return all.lanes;
+}
+
 // acc (16 x 8) += A (16 x K) B (K x 8) with K = 8 * kPerRegister; value(register, part) gives an operand.
 // NOTE: sums run along k one by one in float32; the hardware's order and rounding differ.
 template <int kPerRegister, class Value>
-void emulate_mma(float (&acc)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Value value,
-                 const char* op, int line) {
+void emulate_mma(float (&acc)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Value value, const char* op,
+                 int line) {
     struct Fragments {
         uint32_t a[4], b[2];
     } own = {{a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
-    const ::emulation::Lane* lanes = ::emulation::exchange(~0u, ::emulation::pack(own), op, line);
+    const auto* lanes = gather_warp(own, op, line);
     const int lane = ::emulation::lane();
     for (int i = 0; i < 4; ++i) {
         const int row = lane / 4 + 8 * (i / 2), column = lane % 4 * 2 + i % 2;
@@ -29,8 +37,8 @@ void emulate_mma(float (&acc)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]
             const int quad_lane = k / kPerRegister % 4, high_k = k >= 4 * kPerRegister;
             const auto from_a = ::emulation::unpack<Fragments>(lanes[row % 8 * 4 + quad_lane]);
             const auto from_b = ::emulation::unpack<Fragments>(lanes[column * 4 + quad_lane]);
-            acc[i] += value(from_a.a[row / 8 + 2 * high_k], k % kPerRegister) *
-                      value(from_b.b[high_k], k % kPerRegister);
+            acc[i] +=
+                value(from_a.a[row / 8 + 2 * high_k], k % kPerRegister) * value(from_b.b[high_k], k % kPerRegister);
         }
     }
 }
@@ -38,8 +46,7 @@ void emulate_mma(float (&acc)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]
 // Register i of lane l receives two elements of the 8 x 8 matrix whose rows lanes 8i to 8i + 7 point to.
 inline void emulate_ldmatrix(uint32_t (&registers)[4], const void* row, bool transposed, int line) {
     if (reinterpret_cast<uintptr_t>(row) % 16) ::emulation::fail("ldmatrix: row is not aligned to 16 bytes");
-    const ::emulation::Lane* lanes =
-        ::emulation::exchange(~0u, ::emulation::pack(row), "ldmatrix", line);
+    const auto* lanes = gather_warp(row, "ldmatrix", line);
     const int major = ::emulation::lane() / 4, minor = ::emulation::lane() % 4 * 2;
     for (int i = 0; i < 4; ++i) {
         uint16_t pair[2];
@@ -64,8 +71,7 @@ inline void emulate_ldmatrix(uint32_t (&registers)[4], const void* row, bool tra
 //     b[0] k 2t, column g;  b[1] k 2t + 8, column g
 //     acc[0], acc[1] row g, columns 2t and 2t + 1;  acc[2], acc[3] row g + 8
 template <class T>
-__device__ inline void mma_m16n8k16(float (&acc)[4], const uint32_t (&a)[4],
-                                    const uint32_t (&b)[2] HVP_LINE_ARGUMENT) {
+__device__ inline void mma_m16n8k16(float (&acc)[4], const uint32_t (&a)[4], const uint32_t (&b)[2] HVP_LINE_ARGUMENT) {
     constexpr bool kIsHalf = std::is_same_v<T, __half>;
     static_assert(kIsHalf || std::is_same_v<T, __nv_bfloat16>, "float16 or bfloat16 operands");
 #ifdef HVP_EMULATE
@@ -109,6 +115,18 @@ __device__ inline void mma_m16n8k8_tf32(float (&acc)[4], const uint32_t (&a)[4],
 #endif
 }
 
+// 2^x to two last places (of exp2f, too); results below 2^-126 are zero.
+__device__ inline float exp2_approx(float x) {
+#ifdef HVP_EMULATE
+    const float result = std::exp2(x);
+    return result < 0x1p-126f ? 0.0f : result;
+#else
+    float result;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
+#endif
+}
+
 // The nearest tf32 value (10 bits of mantissa), ties away from zero.
 __device__ inline uint32_t to_tf32(float x) {
 #ifdef HVP_EMULATE
@@ -136,8 +154,7 @@ __device__ inline void ldmatrix_x4(uint32_t (&registers)[4], const void* row HVP
 }
 
 // The same with every matrix transposed.
-__device__ inline void ldmatrix_x4_trans(uint32_t (&registers)[4],
-                                         const void* row HVP_LINE_ARGUMENT) {
+__device__ inline void ldmatrix_x4_trans(uint32_t (&registers)[4], const void* row HVP_LINE_ARGUMENT) {
 #ifdef HVP_EMULATE
     emulate_ldmatrix(registers, row, true, line);
 #else

@@ -66,12 +66,14 @@ def _reference(attentions, num_prefix_tokens, rows):
     return reference.aggregate_attention(attentions, num_prefix_tokens=num_prefix_tokens, rows=rows)
 
 
-def _cpu(attentions, num_prefix_tokens, rows):
+def _compiled(attentions, num_prefix_tokens, rows):
     out = _out(attentions, num_prefix_tokens, rows)
     attentions = [_native.rows(layer) for layer in attentions]
     lead = attentions[0]
     batch, heads, length, _ = lead.shape
-    _native.C.aggregate_attention_cpu(
+    _native.launch(
+        "aggregate_attention",
+        out.device,
         [(layer.data_ptr(), *layer.stride()[:3]) for layer in attentions],
         out.data_ptr(),
         _native.DTYPE_CODES[lead.dtype],
@@ -80,7 +82,6 @@ def _cpu(attentions, num_prefix_tokens, rows):
         length,
         num_prefix_tokens,
         rows == "cls",
-        _native.num_threads(),
     )
     return out
 
@@ -90,5 +91,10 @@ _OP = Op(
     "(Tensor[] attentions, int num_prefix_tokens=1, str rows='all', str backend='auto') -> Tensor",
     check=_check,
     out=_out,
-    backends={"triton": from_triton("aggregate_attention"), "cpu": _cpu, "reference": _reference},
+    backends={
+        "cuda": _compiled,
+        "triton": from_triton("aggregate_attention"),
+        "cpu": _compiled,
+        "reference": _reference,
+    },
 )

@@ -42,7 +42,7 @@ def attention_importance(
         keys, or in a query row that counts, makes the whole image NaN, as the softmax does.
 
     Memory: on a CPU 8 * B * layers * H * L bytes, plus 4 * L * (D + 8) bytes per thread; with Triton
-    4 * B * layers * H * N * ceil(L / 32) bytes at most.
+    4 * B * layers * H * N * ceil(L / 32) bytes at most; with CUDA B * (12 * N + 4) bytes.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
@@ -96,7 +96,7 @@ def _reference(queries, keys, num_prefix_tokens, rows, scale, logsumexp):
     )
 
 
-def _cpu(queries, keys, num_prefix_tokens, rows, scale, logsumexp):
+def _compiled(queries, keys, num_prefix_tokens, rows, scale, logsumexp, scratch=None):
     out = _out(queries, keys, num_prefix_tokens, rows, scale, logsumexp)
     # The lists keep copies of oddly strided inputs alive until the call returns.
     queries = [_native.rows(layer) for layer in queries]
@@ -107,7 +107,9 @@ def _cpu(queries, keys, num_prefix_tokens, rows, scale, logsumexp):
         normaliser = (0, 0, 0) if logsumexp is None else (logsumexp[i].data_ptr(), *logsumexp[i].stride()[:2])
         layers.append((query.data_ptr(), *query.stride()[:3], key.data_ptr(), *key.stride()[:3], *normaliser))
     batch, heads, length, dim = queries[0].shape
-    _native.C.attention_importance_cpu(
+    _native.launch(
+        "attention_importance",
+        out.device,
         layers,
         out.data_ptr(),
         _native.DTYPE_CODES[queries[0].dtype],
@@ -118,9 +120,15 @@ def _cpu(queries, keys, num_prefix_tokens, rows, scale, logsumexp):
         num_prefix_tokens,
         rows == "cls",
         dim**-0.5 if scale is None else scale,
-        _native.num_threads(),
+        0 if scratch is None else scratch.data_ptr(),
     )
     return out
+
+
+def _cuda(queries, keys, num_prefix_tokens, rows, scale, logsumexp):
+    batch, _, length, _ = queries[0].shape
+    scratch = queries[0].new_empty(batch * (12 * (length - num_prefix_tokens) + 4), dtype=torch.uint8)
+    return _compiled(queries, keys, num_prefix_tokens, rows, scale, logsumexp, scratch)
 
 
 _OP = Op(
@@ -129,5 +137,5 @@ _OP = Op(
     " Tensor[]? logsumexp=None, str backend='auto') -> Tensor",
     check=_check,
     out=_out,
-    backends={"triton": from_triton("attention_importance"), "cpu": _cpu, "reference": _reference},
+    backends={"cuda": _cuda, "triton": from_triton("attention_importance"), "cpu": _compiled, "reference": _reference},
 )

@@ -44,16 +44,17 @@ def _out(features):
     return features.new_empty(batch, total, total, dtype=dtype)
 
 
-def _cpu(features):
+def _compiled(features):
     similarity = _out(features)
     features = _native.rows(features)
-    _native.C.cosine_similarity_cpu(
+    _native.launch(
+        "cosine_similarity",
+        features.device,
         features.data_ptr(),
         *features.stride()[:2],
         similarity.data_ptr(),
         _native.DTYPE_CODES[features.dtype],
         *features.shape,
-        _native.num_threads(),
     )
     return similarity
 
@@ -63,5 +64,10 @@ _OP = Op(
     "(Tensor features, str backend='auto') -> Tensor",
     check=_check,
     out=_out,
-    backends={"triton": from_triton("cosine_similarity"), "cpu": _cpu, "reference": reference.cosine_similarity},
+    backends={
+        "cuda": _compiled,
+        "triton": from_triton("cosine_similarity"),
+        "cpu": _compiled,
+        "reference": reference.cosine_similarity,
+    },
 )

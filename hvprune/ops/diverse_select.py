@@ -119,12 +119,14 @@ def _reference(similarity, importance, num_tokens, important_ratio, removals_per
     return *selection, trace if return_trace else trace.new_empty(trace.shape[0], 0, 0)
 
 
-def _cpu(similarity, importance, num_tokens, important_ratio, removals_per_round, return_trace):
+def _compiled(similarity, importance, num_tokens, important_ratio, removals_per_round, return_trace):
     indices, counts, mask, trace = outputs = _out(
         similarity, importance, num_tokens, important_ratio, removals_per_round, return_trace
     )
     similarity, importance = _native.rows(similarity), _native.rows(importance)
-    _native.C.diverse_select_cpu(
+    _native.launch(
+        "diverse_select",
+        importance.device,
         similarity.data_ptr(),
         *similarity.stride()[:2],
         _native.DTYPE_CODES[similarity.dtype],
@@ -140,7 +142,6 @@ def _cpu(similarity, importance, num_tokens, important_ratio, removals_per_round
         num_tokens,
         int(num_tokens * important_ratio),
         removals_per_round,
-        _native.num_threads(),
     )
     return outputs
 
@@ -152,5 +153,5 @@ _OP = Op(
     " -> (Tensor, Tensor, Tensor, Tensor)",
     check=_check,
     out=_out,
-    backends={"triton": from_triton("diverse_select"), "cpu": _cpu, "reference": _reference},
+    backends={"cuda": _compiled, "triton": from_triton("diverse_select"), "cpu": _compiled, "reference": _reference},
 )

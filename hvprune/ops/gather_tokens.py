@@ -61,10 +61,12 @@ def _reference(features, indices, pad_value):
     return reference.gather_tokens(features, indices, pad_value=pad_value)
 
 
-def _cpu(features, indices, pad_value):
+def _compiled(features, indices, pad_value):
     out = _out(features, indices, pad_value)
     features, indices = _native.rows(features), _native.rows(indices)
-    _native.C.gather_tokens_cpu(
+    _native.launch(
+        "gather_tokens",
+        features.device,
         features.data_ptr(),
         *features.stride()[:2],
         indices.data_ptr(),
@@ -74,7 +76,6 @@ def _cpu(features, indices, pad_value):
         *features.shape,
         indices.shape[1],
         pad_value,
-        _native.num_threads(),
     )
     return out
 
@@ -84,5 +85,5 @@ _OP = Op(
     "(Tensor features, Tensor indices, float pad_value=0.0, str backend='auto') -> Tensor",
     check=_check,
     out=_out,
-    backends={"triton": from_triton("gather_tokens"), "cpu": _cpu, "reference": _reference},
+    backends={"cuda": _compiled, "triton": from_triton("gather_tokens"), "cpu": _compiled, "reference": _reference},
 )

@@ -110,10 +110,12 @@ def _reference(scores, grid, regions, keep_ratio, window, num_tokens):
     )
 
 
-def _cpu(scores, grid, regions, keep_ratio, window, num_tokens):
+def _compiled(scores, grid, regions, keep_ratio, window, num_tokens):
     indices, counts, mask = outputs = _out(scores, grid, regions, keep_ratio, window, num_tokens)
     scores = _native.rows(scores)
-    _native.C.hierarchical_select_cpu(
+    _native.launch(
+        "hierarchical_select",
+        scores.device,
         scores.data_ptr(),
         scores.stride(0),
         indices.data_ptr(),
@@ -127,7 +129,6 @@ def _cpu(scores, grid, regions, keep_ratio, window, num_tokens):
         keep_ratio,
         indices.shape[1],
         num_tokens is not None,
-        _native.num_threads(),
     )
     return outputs
 
@@ -138,5 +139,10 @@ _OP = Op(
     " int? num_tokens=None, str backend='auto') -> (Tensor, Tensor, Tensor)",
     check=_check,
     out=_out,
-    backends={"triton": from_triton("hierarchical_select"), "cpu": _cpu, "reference": _reference},
+    backends={
+        "cuda": _compiled,
+        "triton": from_triton("hierarchical_select"),
+        "cpu": _compiled,
+        "reference": _reference,
+    },
 )

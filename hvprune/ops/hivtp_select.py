@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from torch import Tensor
 
@@ -8,9 +9,10 @@ from .. import reference
 from .._checks import as_layers, check_prefix
 from .._registry import Op, from_triton
 from ..selection import Selection
-from .attention_importance import _cpu as attention_importance_cpu
+from .attention_importance import _compiled as attention_importance_cpu
+from .attention_importance import _cuda as attention_importance_cuda
 from .attention_importance import check_queries_keys
-from .hierarchical_select import _cpu as hierarchical_select_cpu
+from .hierarchical_select import _compiled as hierarchical_select_compiled
 from .hierarchical_select import _out as hierarchical_select_out
 from .hierarchical_select import check_hierarchy
 
@@ -78,9 +80,9 @@ def _reference(queries, keys, grid, num_prefix_tokens, scale, regions, keep_rati
     )
 
 
-def _cpu(queries, keys, grid, num_prefix_tokens, scale, regions, keep_ratio, window, num_tokens):
-    importance = attention_importance_cpu(queries, keys, num_prefix_tokens, "all", scale, None)
-    return hierarchical_select_cpu(importance, grid, regions, keep_ratio, window, num_tokens)
+def _compiled(importance_of, queries, keys, grid, num_prefix_tokens, scale, regions, keep_ratio, window, num_tokens):
+    importance = importance_of(queries, keys, num_prefix_tokens, "all", scale, None)
+    return hierarchical_select_compiled(importance, grid, regions, keep_ratio, window, num_tokens)
 
 
 _OP = Op(
@@ -90,5 +92,10 @@ _OP = Op(
     " str backend='auto') -> (Tensor, Tensor, Tensor)",
     check=_check,
     out=_out,
-    backends={"triton": from_triton("hivtp_select"), "cpu": _cpu, "reference": _reference},
+    backends={
+        "cuda": partial(_compiled, attention_importance_cuda),
+        "triton": from_triton("hivtp_select"),
+        "cpu": partial(_compiled, attention_importance_cpu),
+        "reference": _reference,
+    },
 )

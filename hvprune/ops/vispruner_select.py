@@ -6,6 +6,8 @@ from .. import _native, reference
 from .._checks import check_floats, check_same_device, value_error
 from .._registry import Op, from_triton
 from ..selection import Selection, empty_selection
+from .cosine_similarity import _compiled as cosine_similarity_compiled
+from .diverse_select import _compiled as diverse_select_compiled
 from .diverse_select import check_budget
 
 
@@ -25,7 +27,8 @@ def vispruner_select(
     features, or ``rows="all"`` for an encoder without CLS token.
 
     Memory: on a CPU 4 * R * (C + R) bytes per image in work, R = N - int(num_tokens * important_ratio): the
-    similarity of the important tokens is never computed.
+    similarity of the important tokens is never computed. On a GPU the similarity of all tokens, as
+    :func:`cosine_similarity` returns it.
 
     Source: VisPruner, arXiv 2412.01818; published settings (K, ratio): (128, 0.5), (64, 0.75).
     """
@@ -61,7 +64,9 @@ def _reference(features, importance, num_tokens, important_ratio, removals_per_r
 def _cpu(features, importance, num_tokens, important_ratio, removals_per_round):
     indices, counts, mask = outputs = _out(features, importance, num_tokens, important_ratio, removals_per_round)
     features, importance = _native.rows(features), _native.rows(importance)
-    _native.C.vispruner_select_cpu(
+    _native.launch(
+        "vispruner_select",
+        features.device,
         features.data_ptr(),
         *features.stride()[:2],
         _native.DTYPE_CODES[features.dtype],
@@ -75,9 +80,14 @@ def _cpu(features, importance, num_tokens, important_ratio, removals_per_round):
         num_tokens,
         int(num_tokens * important_ratio),
         removals_per_round,
-        _native.num_threads(),
     )
     return outputs
+
+
+def _cuda(features, importance, num_tokens, important_ratio, removals_per_round):
+    similarity = cosine_similarity_compiled(features)
+    arguments = (num_tokens, important_ratio, removals_per_round)
+    return diverse_select_compiled(similarity, importance, *arguments, return_trace=False)[:3]
 
 
 _OP = Op(
@@ -86,5 +96,5 @@ _OP = Op(
     " int removals_per_round=8, str backend='auto') -> (Tensor, Tensor, Tensor)",
     check=_check,
     out=_out,
-    backends={"triton": from_triton("vispruner_select"), "cpu": _cpu, "reference": _reference},
+    backends={"cuda": _cuda, "triton": from_triton("vispruner_select"), "cpu": _cpu, "reference": _reference},
 )
