@@ -37,10 +37,10 @@ def rows(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 or x.size(-1) <= 1 else x.contiguous()
 
 
-def launch(op: str, device: torch.device, *args) -> None:
-    """Runs the kernels of an op: on a CPU with torch's number of threads, on a GPU in its current stream."""
-    if device.type == "cpu":
-        getattr(C, f"{op}_cpu")(*args, torch.get_num_threads())
+def launch(op: str, lead: torch.Tensor, *args) -> None:
+    """Runs the kernels of an op where ``lead`` is: with torch's number of threads, or in the GPU's current stream."""
+    if lead.is_cpu:
+        getattr(C, op + "_cpu")(*args, torch.get_num_threads())
     else:
-        with torch.cuda.device(device):
-            getattr(C, f"{op}_cuda")(*args, torch.cuda.current_stream().cuda_stream)
+        with torch.cuda.device(lead.device):
+            getattr(C, op + "_cuda")(*args, torch.cuda.current_stream().cuda_stream)

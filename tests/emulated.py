@@ -66,7 +66,7 @@ class Emulated:
                     op._chosen[cpu] = chosen
 
 
-def _launch(op: str, device: torch.device, *args) -> None:
+def _launch(op: str, lead: torch.Tensor, *args) -> None:
     stream = 0
     getattr(library(), f"{op}_cuda")(*args, stream)
 

@@ -33,8 +33,8 @@ void keep_best_of_region(const HierarchicalSelectArgs& args, int64_t top, int64_
             work.region[size] = work.keys[y * args.gw + x];
         }
     }
-    keep_best(work.region, size, region_quota(args.keep_ratio, size),
-              [&](int64_t i) { work.stage[work.tokens[i]] = kKept; });
+    mark_best(work.region, size, region_quota(args.keep_ratio, size),
+              [&](int64_t i, bool best) { work.stage[work.tokens[i]] = best ? kKept : kDropped; });
 }
 
 // Local stage: marks the best token of one window among those not kept, if there is one.
@@ -44,10 +44,9 @@ void keep_winner(const HierarchicalSelectArgs& args, int64_t top, int64_t bottom
     int32_t most = kNotACandidate;
     for (int64_t y = top; y < bottom; ++y) {
         for (int64_t token = y * args.gw + left; token < y * args.gw + right; ++token) {
-            if (work.stage[token] != kKept && work.keys[token] > most) {
-                most = work.keys[token];
-                winner = token;
-            }
+            const int32_t key = work.stage[token] == kKept ? kNotACandidate : work.keys[token];
+            winner = key > most ? token : winner;
+            most = key > most ? key : most;
         }
     }
     if (winner >= 0) work.stage[winner] = kWinner;
@@ -79,7 +78,7 @@ void fill_budget(const HierarchicalSelectArgs& args, const Workspace& work, bool
                 work.region[candidates++] = work.keys[j];
             }
         }
-        keep_best(work.region, candidates, left, [&](int64_t i) { mask[work.tokens[i]] = true; });
+        mark_best(work.region, candidates, left, [&](int64_t i, bool best) { mask[work.tokens[i]] = best; });
         left -= left < candidates ? left : candidates;
     }
 }
@@ -103,7 +102,6 @@ void hierarchical_select(const HierarchicalSelectArgs& args) {
             using T = decltype(tag);
             load_keys(static_cast<const T*>(args.scores) + b * args.batch_stride, N, work.keys);
         });
-        std::memset(work.stage, kDropped, N);
         for (int64_t i = 0; i < args.region_rows; ++i) {
             for (int64_t j = 0; j < args.region_cols; ++j) {
                 select_region(

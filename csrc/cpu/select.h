@@ -16,8 +16,9 @@ struct SelectionRow {
 // Indices of the kept tokens ascending, -1 in the rest of the row, and their count.
 HVP_FUNC void write_indices(const SelectionRow& row, int64_t N, int64_t M) {
     int64_t count = 0;
-    for (int64_t j = 0; j < N; ++j) {
-        if (row.mask[j]) row.indices[count++] = j;
+    for (int64_t j = 0; j < N && count < M; ++j) {  // no branch on the mask, which is as good as random
+        row.indices[count] = j;
+        count += row.mask[j];
     }
     *row.count = static_cast<int32_t>(count);
     for (; count < M; ++count) row.indices[count] = -1;
@@ -29,12 +30,15 @@ HVP_FUNC void load_keys(const T* values, int64_t n, int32_t* keys) {
     for (int64_t j = 0; j < n; ++j) keys[j] = order_key(to_float(values[j]));
 }
 
-// Calls keep(i) for the k best of n candidates (all of them if k > n), ties by lower index. The k-th best key is found
-// by bisection over its bits: at most 32 counts, no sort.
-template <class Keep>
-HVP_FUNC void keep_best(const int32_t* keys, int64_t n, int64_t k, Keep keep) {
+// Calls set(i, whether i is among the k best) for all of n candidates (all are if k > n), ties by lower index. The k-th
+// best key is found by bisection over its bits: at most 32 counts, no sort.
+template <class Set>
+HVP_FUNC void mark_best(const int32_t* keys, int64_t n, int64_t k, Set set) {
     if (k > n) k = n;
-    if (k <= 0) return;
+    if (k <= 0) {
+        for (int64_t i = 0; i < n; ++i) set(i, false);
+        return;
+    }
     const int32_t threshold_key = kth_best_key(n, k, [&](int32_t key) {
         int32_t count = 0;
         for (int64_t i = 0; i < n; ++i) count += keys[i] >= key;
@@ -43,7 +47,9 @@ HVP_FUNC void keep_best(const int32_t* keys, int64_t n, int64_t k, Keep keep) {
     int64_t ties = k;  // places left for keys equal to the threshold
     for (int64_t i = 0; i < n; ++i) ties -= keys[i] > threshold_key;
     for (int64_t i = 0; i < n; ++i) {
-        if (keys[i] > threshold_key || (keys[i] == threshold_key && ties-- > 0)) keep(i);
+        const bool tie = keys[i] == threshold_key;
+        set(i, (keys[i] > threshold_key) | (tie & (ties > 0)));
+        ties -= tie;
     }
 }
 

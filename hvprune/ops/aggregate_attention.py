@@ -73,7 +73,7 @@ def _compiled(attentions, num_prefix_tokens, rows):
     batch, heads, length, _ = lead.shape
     _native.launch(
         "aggregate_attention",
-        out.device,
+        out,
         [(layer.data_ptr(), *layer.stride()[:3]) for layer in attentions],
         out.data_ptr(),
         _native.DTYPE_CODES[lead.dtype],

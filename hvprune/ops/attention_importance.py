@@ -109,7 +109,7 @@ def _compiled(queries, keys, num_prefix_tokens, rows, scale, logsumexp, scratch=
     batch, heads, length, dim = queries[0].shape
     _native.launch(
         "attention_importance",
-        out.device,
+        out,
         layers,
         out.data_ptr(),
         _native.DTYPE_CODES[queries[0].dtype],

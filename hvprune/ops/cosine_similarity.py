@@ -49,7 +49,7 @@ def _compiled(features):
     features = _native.rows(features)
     _native.launch(
         "cosine_similarity",
-        features.device,
+        features,
         features.data_ptr(),
         *features.stride()[:2],
         similarity.data_ptr(),

@@ -126,7 +126,7 @@ def _compiled(similarity, importance, num_tokens, important_ratio, removals_per_
     similarity, importance = _native.rows(similarity), _native.rows(importance)
     _native.launch(
         "diverse_select",
-        importance.device,
+        importance,
         similarity.data_ptr(),
         *similarity.stride()[:2],
         _native.DTYPE_CODES[similarity.dtype],

@@ -66,7 +66,7 @@ def _compiled(features, indices, pad_value):
     features, indices = _native.rows(features), _native.rows(indices)
     _native.launch(
         "gather_tokens",
-        features.device,
+        features,
         features.data_ptr(),
         *features.stride()[:2],
         indices.data_ptr(),

@@ -115,7 +115,7 @@ def _compiled(scores, grid, regions, keep_ratio, window, num_tokens):
     scores = _native.rows(scores)
     _native.launch(
         "hierarchical_select",
-        scores.device,
+        scores,
         scores.data_ptr(),
         scores.stride(0),
         indices.data_ptr(),

@@ -66,7 +66,7 @@ def _cpu(features, importance, num_tokens, important_ratio, removals_per_round):
     features, importance = _native.rows(features), _native.rows(importance)
     _native.launch(
         "vispruner_select",
-        features.device,
+        features,
         features.data_ptr(),
         *features.stride()[:2],
         _native.DTYPE_CODES[features.dtype],
