@@ -11,13 +11,13 @@ import threading
 import pytest
 import torch
 from PIL import Image
-from tiny_llava import NUM_PATCHES, embed_by_hand, photo, prune_by_hand, select_by_hand, tiny
 from transformers import AutoProcessor, LlamaConfig, LlamaForCausalLM
 
 import hvprune
 from hvprune import HIVTP, VisPruner
 from hvprune.generate import add_parser
 from hvprune.integrations.random_models import random_model
+from tiny_llava import NUM_PATCHES, embed_by_hand, photo, prune_by_hand, select_by_hand, tiny
 
 LAYERS = (0, 1)  # of the four; feature layer 2
 METHODS = {

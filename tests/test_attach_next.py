@@ -6,12 +6,12 @@ import random
 
 import pytest
 import torch
-from tiny_llava import GRID, NUM_PATCHES, PINPOINTS, SIDE, embed_by_hand, photo, tiny
 from transformers import AutoProcessor
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
 import hvprune
 from hvprune import HIVTP, VisPruner, ops
+from tiny_llava import GRID, NUM_PATCHES, PINPOINTS, SIDE, embed_by_hand, photo, tiny
 
 LAYERS = (0, 1)
 METHODS = {

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from emulated import Emulated, build, emulated
 
+from emulated import Emulated, build, emulated
 from hvprune import reference
 from hvprune.testing import (
     CASES,

@@ -14,9 +14,8 @@ import torch
 EMULATION = Path(__file__).resolve().parent / "emulation"
 sys.path.insert(0, str(EMULATION))
 
-import mutate  # noqa: E402
-
 import build  # noqa: E402
+import mutate  # noqa: E402
 
 SCHEDULES = [("forward", 0), ("reversed", 0), ("random", 1), ("random", 2)]
 pytestmark = pytest.mark.skipif(not build.available(), reason="the headers of the CUDA toolkit are missing")
