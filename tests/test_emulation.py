@@ -260,7 +260,9 @@ def test_sanitizer_finds(bug, sanitize, report):
     script = BUG.format(path=str(EMULATION), bug=bug)
     result = build.run_sanitized(["-c", script], sanitize)
     if report is None:
-        assert result.returncode == 0 and not result.stderr, result.stderr
+        # ASan warns of ucontext itself, which fibers use where Boost.Context is not installed.
+        lines = [line for line in result.stderr.splitlines() if "makecontext/swapcontext" not in line]
+        assert result.returncode == 0 and not lines, result.stderr
     else:
         assert result.returncode != 0
         assert report in result.stderr and "selftest_bugs.cu:" in result.stderr, result.stderr
