@@ -19,6 +19,7 @@ from torch.compiler import is_compiling
 from . import _native
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
+OLDEST_TRITON = (3, 4)  # torch 2.8 has it; those before lack what the kernels and their launchers use
 AUTO_ORDER = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
 _PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
 
@@ -71,6 +72,11 @@ def _why_no_triton() -> str | None:
         return "triton is not installed"
     if not torch.cuda.is_available() and not _triton_interprets():
         return "torch sees no GPU (TRITON_INTERPRET=1 interprets the kernels on a CPU, slowly)"
+    if _triton_interprets() and find_spec("numpy") is None:
+        return "Triton's interpreter needs NumPy, which is not installed"  # `import triton` fails without it
+    installed = import_module("triton").__version__
+    if tuple(map(int, installed.split(".")[:2])) < OLDEST_TRITON:
+        return f"triton must be {OLDEST_TRITON[0]}.{OLDEST_TRITON[1]} or newer, got {installed}"
     return None
 
 

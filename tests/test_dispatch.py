@@ -3,12 +3,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import hvprune
-from hvprune import _native, ops
+from hvprune import _native, _registry, ops
 from hvprune._registry import BACKENDS, OPS
 
 SCORES = torch.rand(1, 16)
@@ -53,6 +55,25 @@ def test_backend_of_another_device(backend, device):
         f"it takes {backend} tensors, got {device} tensors",
         f"this version of hvprune has no {backend} kernels",
     )
+
+
+@pytest.mark.parametrize(
+    "interpret, missing, version, reason",
+    [
+        ("1", "triton", "3.7.1", "triton is not installed"),
+        ("1", "numpy", "3.7.1", "Triton's interpreter needs NumPy, which is not installed"),
+        ("1", None, "3.3.1", "triton must be 3.4 or newer, got 3.3.1"),
+        ("1", None, "3.10.0+git1a2b3c", None),
+        ("0", None, "3.2.0", "triton must be 3.4 or newer, got 3.2.0"),
+        ("0", "numpy", "3.4.0", None),
+    ],
+)
+def test_triton_that_cannot_run_is_named(interpret, missing, version, reason, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", interpret)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(_registry, "find_spec", lambda name: None if name == missing else find_spec("torch"))
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__=version))
+    assert _registry.why_unavailable("triton") == reason
 
 
 def test_environment_changes_what_auto_means():
