@@ -84,7 +84,8 @@ def test_gather_tokens(backend, data):
 @settings(EXAMPLES, max_examples=60)
 @given(data=st.data())
 def test_attention_importance(backend, data):
-    batch, heads, length, dim = (data.draw(st.integers(1, most)) for most in (3, 3, 70, 140))
+    batch = 64  # errors of few numbers are luck: one that PyTorch happens to round right would allow none
+    heads, length, dim = (data.draw(st.integers(1, most)) for most in (3, 70, 140))
     dtype = data.draw(st.sampled_from(DTYPES))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32 - 1)))
     queries, keys = (torch.randn(batch, heads, length, dim, generator=generator).to(dtype) for _ in range(2))
