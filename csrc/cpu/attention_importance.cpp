@@ -11,57 +11,67 @@
 namespace hvprune::HVP_ISA {
 namespace {
 
+constexpr float kLog2E = 1.44269504f;
+
 // Per-thread working memory.
 struct Workspace {
     float* panels;   // [ceil(L / kPanelCols)][D][kPanelCols] packed keys
     float* scores;   // [kTileRows][padded L]
     float* queries;  // [kTileRows][D], or one row padded
-    float* row;      // [padded D]
+    float* rows;     // [kPackedRows][padded D]
     double* sums;    // [padded L]
 
     Workspace(Carver& carver, int64_t L, int64_t D)
         : panels(carver.take<float>(round_up(L, kPanelCols) * D)),
           scores(carver.take<float>(kTileRows * round_up(L, kWidth))),
           queries(carver.take<float>(kTileRows * round_up(D, kWidth))),
-          row(carver.take<float>(round_up(D, kWidth))),
+          rows(carver.take<float>(kPackedRows * round_up(D, kWidth))),
           sums(carver.take<double>(round_up(L, kWidth))) {}
 };
 
 template <class T>
 void pack_keys(const T* key, int64_t row_stride, int64_t L, int64_t D, const Workspace& work) {
-    for (int64_t j = 0; j < L; ++j) {
-        float* panel = work.panels + j / kPanelCols * kPanelCols * D;
-        load_row(key + j * row_stride, D, D, 1.0f, work.row);
-        pack_column(work.row, D, panel, j % kPanelCols);
-    }
-    const float zero = 0.0f;
-    for (int64_t j = L; j < round_up(L, kPanelCols); ++j) {  // so that no tile reads what was never written
-        float* panel = work.panels + j / kPanelCols * kPanelCols * D;
-        for (int64_t k = 0; k < D; ++k) pack_column(&zero, 1, panel + k * kPanelCols, j % kPanelCols);
+    const int64_t padded_dim = round_up(D, kWidth);
+    for (int64_t j = 0; j < round_up(L, kPanelCols); j += kPackedRows) {
+        for (int64_t i = 0; i < kPackedRows; ++i) {
+            float* row = work.rows + i * padded_dim;
+            if (j + i < L) {
+                load_row(key + (j + i) * row_stride, D, D, 1.0f, row);
+            } else {  // so that no tile reads what was never written
+                std::memset(row, 0, D * sizeof(float));
+            }
+        }
+        pack_columns(work.rows, padded_dim, D, work.panels + j / kPanelCols * kPanelCols * D, j % kPanelCols);
     }
 }
 
 // scores[r][j] = q_r . k_j for every key j, -inf in the padding; shift[r] = max over j.
 void score_rows(const Workspace& work, int64_t L, int64_t D, float* shift) {
-    const int64_t padded = round_up(L, kWidth);
+    const int64_t padded = round_up(L, kWidth), whole = L / kWidth * kWidth;
     Vec most[kTileRows];
     for (Vec& m : most) m = broadcast(-INFINITY);
     for (int64_t begin = 0; begin < L; begin += kPanelCols) {
         const int64_t cols = padded - begin < kPanelCols ? padded - begin : kPanelCols;
-        const float* panel = work.panels + begin * D;
         with_vecs(cols / kWidth, [&](auto vecs) {
             constexpr int kVecs = decltype(vecs){}();
             Vec sums[kTileRows][kVecs];
-            tile_product<kVecs>(work.queries, D, 1, panel, D, sums);
+            tile_product<kVecs>(work.queries, D, 1, work.panels + begin * D, D, sums);
+#pragma GCC unroll 8
             for (int r = 0; r < kTileRows; ++r) {
-                float* scores = work.scores + r * padded + begin;
-                for (int v = 0; v < kVecs; ++v) store(scores + v * kWidth, sums[r][v]);
-                for (int64_t j = L; j < begin + cols; ++j) scores[j - begin] = -INFINITY;
-                for (int v = 0; v < kVecs; ++v) most[r] = max(load(scores + v * kWidth), most[r]);
+#pragma GCC unroll 3
+                for (int v = 0; v < kVecs; ++v) {
+                    store(work.scores + r * padded + begin + v * kWidth, sums[r][v]);
+                    if (begin + v * kWidth < whole) most[r] = max(sums[r][v], most[r]);
+                }
             }
         });
     }
-    for (int r = 0; r < kTileRows; ++r) shift[r] = reduce_max(most[r]);
+    for (int r = 0; r < kTileRows; ++r) {
+        float* scores = work.scores + r * padded;
+        for (int64_t j = L; j < padded; ++j) scores[j] = -INFINITY;
+        if (whole < padded) most[r] = max(load(scores + whole), most[r]);
+        shift[r] = reduce_max(most[r]);
+    }
 }
 
 // scores[r][j] = exp(scores[r][j] - shift[r]); total[r] = sum over j.
@@ -74,7 +84,7 @@ void exponentiate(const Workspace& work, int64_t padded, const float* shift, flo
     for (int64_t j = 0; j < padded; j += kWidth) {
         for (int r = 0; r < kTileRows; ++r) {
             float* scores = work.scores + r * padded + j;
-            const Vec p = exp(load(scores) - shifts[r]);
+            const Vec p = exp2((load(scores) - shifts[r]) * broadcast(kLog2E));
             store(scores, p);
             totals[r] = totals[r] + p;
         }
@@ -131,10 +141,10 @@ void softmax_cls_row(const AttentionImportanceArgs& args, const AttentionLayer& 
     load_row(query, D, padded_dim, args.scale, work.queries);
     float shift = -INFINITY;
     for (int64_t j = 0; j < L; ++j) {
-        load_row(key + j * layer.key_row_stride, D, padded_dim, 1.0f, work.row);
+        load_row(key + j * layer.key_row_stride, D, padded_dim, 1.0f, work.rows);
         Vec sum = broadcast(0.0f);
         for (int64_t k = 0; k < padded_dim; k += kWidth) {
-            sum = fma(load(work.queries + k), load(work.row + k), sum);
+            sum = fma(load(work.queries + k), load(work.rows + k), sum);
         }
         const float score = reduce_add(sum);
         work.scores[j] = score;
@@ -146,7 +156,7 @@ void softmax_cls_row(const AttentionImportanceArgs& args, const AttentionLayer& 
     for (int64_t j = L; j < round_up(L, kWidth); ++j) work.scores[j] = -INFINITY;
     Vec totals = broadcast(0.0f);
     for (int64_t j = 0; j < L; j += kWidth) {
-        const Vec p = exp(load(work.scores + j) - broadcast(shift));
+        const Vec p = exp2((load(work.scores + j) - broadcast(shift)) * broadcast(kLog2E));
         store(work.scores + j, p);
         totals = totals + p;
     }

@@ -63,18 +63,21 @@ HVP_FUNC void pack_unit_rows(const FeatureRows& rows, int64_t begin, int64_t end
         work.first[i] = work.second[i] = 0.0f;
         if (work.finite[i] && squares > 0.0) split_inverse(std::sqrt(squares), work.first + i, work.second + i);
     }
-    float block[kDepthBlock];
+    float block[kPackedRows * kDepthBlock];
     for (int64_t k = 0; k < rows.C; k += kDepthBlock) {
         const int64_t depth = rows.C - k < kDepthBlock ? rows.C - k : kDepthBlock;
-        for (int64_t i = begin; i < round_up(end, kPanelCols); ++i) {
-            float* panel = work.panels + i / kPanelCols * kPanelCols * rows.C + k * kPanelCols;
-            if (i < end && work.finite[i]) {
-                load_row(row_of(i) + k, depth, depth, work.first[i], block);
-                load_row(block, depth, depth, work.second[i], block);
-            } else {
-                std::memset(block, 0, sizeof block);
+        for (int64_t i = begin; i < round_up(end, kPanelCols); i += kPackedRows) {
+            for (int64_t j = 0; j < kPackedRows; ++j) {
+                float* row = block + j * kDepthBlock;
+                if (i + j < end && work.finite[i + j]) {
+                    load_row(row_of(i + j) + k, depth, depth, work.first[i + j], row);
+                    load_row(row, depth, depth, work.second[i + j], row);
+                } else {
+                    std::memset(row, 0, depth * sizeof(float));
+                }
             }
-            pack_column(block, depth, panel, i % kPanelCols);
+            float* panel = work.panels + i / kPanelCols * kPanelCols * rows.C + k * kPanelCols;
+            pack_columns(block, kDepthBlock, depth, panel, i % kPanelCols);
         }
     }
 }

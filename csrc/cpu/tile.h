@@ -39,9 +39,28 @@ HVP_FUNC void with_vecs(int64_t vecs, F f) {
     f(Constant<kTileVecs>{});
 }
 
-// panel[k][column] = row[k] for k < depth: one row of B becomes one column of its panel.
-HVP_FUNC void pack_column(const float* row, int64_t depth, float* panel, int64_t column) {
-    for (int64_t k = 0; k < depth; ++k) panel[k * kPanelCols + column] = row[k];
+constexpr int kPackedRows = 4;  // rows that pack_columns takes
+
+// panel[k][column + i] = rows[i * stride + k] for k < depth: four rows of B become columns of their panel.
+HVP_FUNC void pack_columns(const float* rows, int64_t stride, int64_t depth, float* panel, int64_t column) {
+    typedef float Quad __attribute__((vector_size(16)));
+    const auto at = [&](int64_t k) { return panel + k * kPanelCols + column; };
+    int64_t k = 0;
+    for (; k + 4 <= depth; k += 4) {
+        Quad r[kPackedRows];
+        for (int i = 0; i < kPackedRows; ++i) std::memcpy(&r[i], rows + i * stride + k, sizeof(Quad));
+        const Quad low01 = __builtin_shufflevector(r[0], r[1], 0, 4, 1, 5);
+        const Quad low23 = __builtin_shufflevector(r[2], r[3], 0, 4, 1, 5);
+        const Quad high01 = __builtin_shufflevector(r[0], r[1], 2, 6, 3, 7);
+        const Quad high23 = __builtin_shufflevector(r[2], r[3], 2, 6, 3, 7);
+        const Quad columns[] = {
+            __builtin_shufflevector(low01, low23, 0, 1, 4, 5), __builtin_shufflevector(low01, low23, 2, 3, 6, 7),
+            __builtin_shufflevector(high01, high23, 0, 1, 4, 5), __builtin_shufflevector(high01, high23, 2, 3, 6, 7)};
+        for (int i = 0; i < 4; ++i) std::memcpy(at(k + i), &columns[i], sizeof(Quad));
+    }
+    for (; k < depth; ++k) {
+        for (int i = 0; i < kPackedRows; ++i) at(k)[i] = rows[i * stride + k];
+    }
 }
 
 }  // namespace hvprune::HVP_ISA

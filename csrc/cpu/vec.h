@@ -51,12 +51,12 @@ HVP_FUNC Vec operator*(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
 HVP_FUNC Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 // The second operand where either is NaN.
 HVP_FUNC Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
-HVP_FUNC Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
 HVP_FUNC float reduce_add(Vec a) { return _mm512_reduce_add_ps(a.v); }
 HVP_FUNC float reduce_max(Vec a) { return _mm512_reduce_max_ps(a.v); }
-// p * 2^n for integral n; 0 or inf where that leaves the range.
-HVP_FUNC Vec scale_by_power(Vec p, Vec n) { return {_mm512_scalef_ps(p.v, n.v)}; }
-HVP_FUNC Vec round_to_int(Vec a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+// p * 2^floor(x); 0 or inf where that leaves the range.
+HVP_FUNC Vec scale_by_power(Vec p, Vec x) { return {_mm512_scalef_ps(p.v, x.v)}; }
+// x - floor(x); 0 for an infinite x.
+HVP_FUNC Vec fraction(Vec x) { return {_mm512_reduce_ps(x.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)}; }
 // max(a, row[j...]) in the lanes whose bit is set, bit j for row[j]; a NaN in memory is passed over.
 HVP_FUNC Vec max_where(Vec a, const uint8_t* bits, const float* row, int64_t j) {
     uint16_t lanes;
@@ -109,11 +109,13 @@ HVP_FUNC float reduce_max(Vec a) {
     x = _mm_max_ps(x, _mm_movehl_ps(x, x));
     return _mm_cvtss_f32(_mm_max_ss(x, _mm_shuffle_ps(x, x, 1)));
 }
-HVP_FUNC Vec scale_by_power(Vec p, Vec n) {
-    const __m256i shifted = _mm256_slli_epi32(_mm256_cvtps_epi32(n.v), 23);
+HVP_FUNC Vec floor(Vec x) { return {_mm256_floor_ps(x.v)}; }
+// p * 2^floor(x), which must be a normal number.
+HVP_FUNC Vec scale_by_power(Vec p, Vec x) {
+    const __m256i shifted = _mm256_slli_epi32(_mm256_cvtps_epi32(floor(x).v), 23);
     return {_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p.v), shifted))};
 }
-HVP_FUNC Vec round_to_int(Vec a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+HVP_FUNC Vec fraction(Vec x) { return x - floor(x); }
 // b where x < limit, else a
 HVP_FUNC Vec where_below(Vec x, float limit, Vec b, Vec a) {
     return {_mm256_blendv_ps(a.v, b.v, _mm256_cmp_ps(x.v, _mm256_set1_ps(limit), _CMP_LT_OQ))};
@@ -174,19 +176,21 @@ HVP_FUNC float reduce_max(Vec a) {
     const float odd = a.v[1] > a.v[3] ? a.v[1] : a.v[3];
     return even > odd ? even : odd;
 }
-HVP_FUNC Vec scale_by_power(Vec p, Vec n) {
+// For |x| < 2^22, wider than what exp2 cares for.
+HVP_FUNC Vec floor(Vec x) {
+    const Vec magic = broadcast(12582912.0f);  // 1.5 * 2^23
+    const Vec nearest = (x + magic) - magic;
+    return {nearest.v > x.v ? nearest.v - 1.0f : nearest.v};
+}
+HVP_FUNC Vec scale_by_power(Vec p, Vec x) {
     IntVector bits;
     std::memcpy(&bits, &p, sizeof bits);
-    bits += __builtin_convertvector(n.v, IntVector) << 23;
+    bits += __builtin_convertvector(floor(x).v, IntVector) << 23;
     Vec scaled;
     std::memcpy(&scaled, &bits, sizeof bits);
     return scaled;
 }
-// For |a| < 2^22, wider than what exp cares for.
-HVP_FUNC Vec round_to_int(Vec a) {
-    const Vec magic = broadcast(12582912.0f);  // 1.5 * 2^23
-    return (a + magic) - magic;
-}
+HVP_FUNC Vec fraction(Vec x) { return x - floor(x); }
 HVP_FUNC Vec where_below(Vec x, float limit, Vec b, Vec a) { return {x.v < limit ? b.v : a.v}; }
 HVP_FUNC Vec where_nan(Vec x, Vec a) { return {x.v == x.v ? a.v : x.v}; }
 HVP_FUNC Vec max_where(Vec a, const uint8_t* bits, const float* row, int64_t j) {
@@ -242,28 +246,22 @@ HVP_FUNC Vec load(const T* p) {
 }
 #endif
 
-// e^x to about one unit in the last place; exact limits at -inf, +inf and NaN.
-HVP_FUNC Vec exp(Vec x) {
-    // NaN stays: it is the second operand.
-    Vec clamped = max(broadcast(-104.0f), x);
-#if defined(__AVX512F__)
-    clamped = min(broadcast(89.0f), clamped);
-#endif
-    const Vec n = round_to_int(clamped * broadcast(1.44269504088896341f));
-    Vec r = fma(n, broadcast(-0.693359375f), clamped);  // ln 2 in two parts
-    r = fma(n, broadcast(2.12194440e-4f), r);
-    Vec p = broadcast(1.9875691500e-4f);
-    p = fma(p, r, broadcast(1.3981999507e-3f));
-    p = fma(p, r, broadcast(8.3334519073e-3f));
-    p = fma(p, r, broadcast(4.1665795894e-2f));
-    p = fma(p, r, broadcast(1.6666665459e-1f));
-    p = fma(p, r, broadcast(5.0000001201e-1f));
-    p = fma(p, r * r, r + broadcast(1.0f));
-    Vec y = scale_by_power(p, n);
+// 2^x to about one unit in the last place; exact limits at -inf, +inf and NaN.
+HVP_FUNC Vec exp2(Vec x) {
+    // The polynomial of least relative error for 2^r on [0, 1): 2e-9.
+    const Vec r = fraction(x);
+    Vec p = broadcast(2.1702256e-4f);
+    p = fma(p, r, broadcast(1.2439687e-3f));
+    p = fma(p, r, broadcast(9.6788406e-3f));
+    p = fma(p, r, broadcast(5.5483341e-2f));
+    p = fma(p, r, broadcast(2.4022983e-1f));
+    p = fma(p, r, broadcast(6.9314700e-1f));
+    p = fma(p, r, broadcast(1.0f));
+    Vec y = scale_by_power(p, x);
 #if !defined(__AVX512F__)
     // Without scalef the power must be a normal number: 0 below, inf above.
-    y = where_below(x, -87.33654f, broadcast(0.0f), y);
-    y = where_nan(x, where_below(x, 88.72284f, y, broadcast(INFINITY)));
+    y = where_below(x, -126.0f, broadcast(0.0f), y);
+    y = where_nan(x, where_below(x, 128.0f, y, broadcast(INFINITY)));
 #endif
     return y;
 }
