@@ -65,10 +65,11 @@ void attention_importance(const std::vector<LayerTuple>& tuples, Address importa
 template <auto run>
 void hierarchical_select(Address scores, Int batch_stride, Address indices, Address counts, Address mask,
                          int dtype_code, Int B, Int gh, Int gw, Int region_rows, Int region_cols, Int window_height,
-                         Int window_width, double keep_ratio, Int M, bool fixed, Address threads_or_stream) {
+                         Int window_width, double keep_ratio, Int M, bool fixed, bool after_scores,
+                         Address threads_or_stream) {
     call(run,
          {at<void>(scores), batch_stride, at<Int>(indices), at<int32_t>(counts), at<bool>(mask), dtype(dtype_code), B,
-          gh, gw, region_rows, region_cols, window_height, window_width, keep_ratio, M, fixed, 0},
+          gh, gw, region_rows, region_cols, window_height, window_width, keep_ratio, M, fixed, 0, after_scores},
          threads_or_stream);
 }
 
@@ -104,12 +105,12 @@ void gather_tokens(Address features, Int batch_stride, Int token_stride, Address
 template <auto run>
 void vispruner_select(Address features, Int batch_stride, Int token_stride, int features_dtype, Address importance,
                       Int importance_batch_stride, int importance_dtype, Address indices, Address counts, Address mask,
-                      Int B, Int N, Int C, Int K, Int num_important, Int removals_per_round,
+                      Int B, Int N, Int C, Int K, Int num_important, Int removals_per_round, Address similarity,
                       Address threads_or_stream) {
     call(run,
          {at<void>(features), batch_stride, token_stride, dtype(features_dtype), at<void>(importance),
           importance_batch_stride, dtype(importance_dtype), at<Int>(indices), at<int32_t>(counts), at<bool>(mask), B, N,
-          C, K, num_important, removals_per_round, 0},
+          C, K, num_important, removals_per_round, 0, at<void>(similarity)},
          threads_or_stream);
 }
 
@@ -132,6 +133,7 @@ inline void define_cuda(pybind11::module_& m) {
     m.def("diverse_select_cuda", &diverse_select<diverse_select_cuda>, no_gil);
     m.def("gather_tokens_cuda", &gather_tokens<gather_tokens_cuda>, no_gil);
     m.def("hierarchical_select_cuda", &hierarchical_select<hierarchical_select_cuda>, no_gil);
+    m.def("vispruner_select_cuda", &vispruner_select<vispruner_select_cuda>, no_gil);
 }
 
 }  // namespace hvprune::bindings

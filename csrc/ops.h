@@ -62,6 +62,7 @@ struct HierarchicalSelectArgs {
     int64_t M;
     bool fixed;  // exactly M tokens; otherwise at most M
     int num_threads;
+    bool after_scores = false;  // CUDA only: the previous launch of the stream writes the scores
 };
 
 struct CosineSimilarityArgs {
@@ -87,6 +88,8 @@ struct DiverseSelectArgs {
     int64_t trace_lists;
     int64_t B, N, K, num_important, removals_per_round;
     int num_threads;
+    // CUDA only: the previous launch of the stream writes similarity, and nothing else that this one reads.
+    bool after_similarity = false;
 };
 
 struct GatherTokensArgs {
@@ -113,6 +116,7 @@ struct VisprunerSelectArgs {
     bool* mask;        // [B, N], contiguous
     int64_t B, N, C, K, num_important, removals_per_round;
     int num_threads;
+    void* similarity = nullptr;  // CUDA only: scratch, as cosine_similarity writes it
 };
 
 // The CPU kernels, in the best instruction set of this machine. They throw std::invalid_argument for contents that
@@ -134,6 +138,7 @@ void cosine_similarity_cuda(const CosineSimilarityArgs& args, cudaStream_t strea
 void diverse_select_cuda(const DiverseSelectArgs& args, cudaStream_t stream);
 void gather_tokens_cuda(const GatherTokensArgs& args, cudaStream_t stream);
 void hierarchical_select_cuda(const HierarchicalSelectArgs& args, cudaStream_t stream);
+void vispruner_select_cuda(const VisprunerSelectArgs& args, cudaStream_t stream);
 
 // Instruction sets, narrowest first: "baseline", "avx2", "avx512". Setting one is for tests; it throws
 // std::invalid_argument if this machine lacks it.

@@ -6,6 +6,7 @@ It is there wherever the CUDA toolkit's headers are; nothing of it needs a GPU.
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 import threading
 from collections.abc import Iterator
@@ -36,9 +37,11 @@ class Emulated:
     order: str = "forward"
     seed: int = 0
     compute_capability: int = 90
+    left_out: tuple[str, int] = ("", 0)  # file and line of a barrier, for emulation/mutate.py
 
     name = "emulated"
     device = "cpu"
+    interpreted = False
     _lock = threading.RLock()  # one launch at a time
 
     def __str__(self) -> str:
@@ -54,7 +57,13 @@ class Emulated:
         cpu = "cpu", "cpu"
         with self._lock:
             before = _native.launch, {op: op._chosen.get(cpu) for op in OPS.values()}
-            library().configure(order=self.order, seed=self.seed, compute_capability=self.compute_capability)
+            library().configure(
+                order=self.order,
+                seed=self.seed,
+                compute_capability=self.compute_capability,
+                left_out_file=self.left_out[0],
+                left_out_line=self.left_out[1],
+            )
             _native.launch = _launch
             for op in OPS.values():
                 op._chosen[cpu] = op.backends.get("cuda")
@@ -75,8 +84,8 @@ def emulated(op: str) -> list[Emulated]:
     """The op on a device with thread block clusters, and on one without if its kernels tell them apart."""
     if not build.available() or "cuda" not in OPS[op].backends:
         return []
-    sources = [path.read_text() for path in build.KERNELS if path.stem == op]
-    devices = [90, 80] if any("compute_capability" in text for text in sources) else [90]
+    sources = [path.read_text() for path in build.KERNELS if path.stem.startswith(op)]
+    devices = [90, 80] if any(re.search("compute_capability|max_shared_bytes", text) for text in sources) else [90]
     return [Emulated(compute_capability=device) for device in devices]
 
 

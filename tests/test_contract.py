@@ -7,17 +7,21 @@ import threading
 import pytest
 import torch
 
+from emulated import emulated
 from hvprune import ops
 from hvprune._registry import OPS
 from hvprune.testing import CASES, assert_same_bits, backends, flatten, map_tensors
 
 
-def pairs(**kwargs) -> list:
+def pairs(*, emulate: bool = True, **kwargs) -> list:
     """Ops and backends, the CPU's with one instruction set: all of them share the code that is tested here."""
     return [
         pytest.param(op, backend, id=f"{op}-{backend}")
         for op in sorted(CASES)
-        for backend in {backend.name: backend for backend in backends(op, **kwargs)}.values()
+        for backend in (
+            *{backend.name: backend for backend in backends(op, **kwargs)}.values(),
+            *(emulated(op) if emulate else []),
+        )
     ]
 
 
@@ -43,6 +47,11 @@ def strided(x: torch.Tensor) -> torch.Tensor:
     return view.copy_(x)
 
 
+def padded(x: torch.Tensor) -> torch.Tensor:
+    """The same values in rows that are longer than they have to be, all aligned to 16 bytes."""
+    return x.new_empty([*x.shape[:-1], (x.shape[-1] + 15) // 8 * 8])[..., : x.shape[-1]].copy_(x) if x.dim() else x
+
+
 def last_dimension_strided(x: torch.Tensor) -> torch.Tensor:
     storage = x.new_empty([*x.shape[:-1], 2 * x.shape[-1]])
     return storage[..., ::2].copy_(x)
@@ -53,7 +62,7 @@ def reversed_memory(x: torch.Tensor) -> torch.Tensor:
     return x.permute(*reversed(range(x.dim()))).contiguous().permute(*reversed(range(x.dim())))
 
 
-@pytest.mark.parametrize("layout", [strided, last_dimension_strided, reversed_memory])
+@pytest.mark.parametrize("layout", [strided, padded, last_dimension_strided, reversed_memory])
 @pytest.mark.parametrize("op, backend", pairs())
 def test_layout_does_not_matter(op, backend, layout):
     for case in small_cases(op, backend):
@@ -122,7 +131,7 @@ def test_repeats_threads_and_inputs(op, backend):
             assert_same_bits(left.detach(), right, f"inputs of {case}")
 
 
-@pytest.mark.parametrize("op, backend", pairs(interpreted=False))
+@pytest.mark.parametrize("op, backend", pairs(interpreted=False, emulate=False))  # one emulated launch at a time
 def test_many_python_threads(op, backend):
     case = small_cases(op)[0]
     args, kwargs = case.inputs(torch.float32, backend.device)
@@ -155,7 +164,7 @@ def test_outputs_are_what_the_fake_says(op):
             promised = flatten(
                 getattr(ops, op)(*map_tensors(args, mode.from_tensor), **map_tensors(kwargs, mode.from_tensor))
             )
-        for backend in [*backends(op, interpreted=False), None]:
+        for backend in [*backends(op, interpreted=False), *emulated(op), None]:
             call = (
                 backend.call
                 if backend

@@ -39,7 +39,7 @@ def usage() -> list[dict]:
             arch = found.group(1)
         if found := re.match(r"\s*Function (?:void )?(.*_kernel.*):$", line):
             numbers = dict(re.findall(r"(\w+):(\d+)", following))
-            kernel = re.sub(r"\(anonymous namespace\)::|hvprune::", "", found.group(1))
+            kernel = re.sub(r"\(anonymous namespace\)::|\b\w+::", "", found.group(1))
             kernel = re.sub(r"\([^()]*\)$", "", kernel)
             values = (arch, kernel, *(int(numbers[key]) for key in ("REG", "SHARED", "STACK", "LOCAL")))
             rows.append(dict(zip(COLUMNS, values, strict=True)))

@@ -44,11 +44,8 @@ needs_cuda = pytest.mark.skipif(not _native.C.cuda_archs, reason="hvprune._C was
 @needs_cuda
 def test_exports_the_cuda_kernels():
     exported = {name for name in dir(_native.C) if name.endswith("_cuda")}
-    # The pipelines launch the kernels of their two ops.
-    assert exported == {f"{op}_cuda" for op in OPS if "cuda" in OPS[op].backends} - {
-        "hivtp_select_cuda",
-        "vispruner_select_cuda",
-    }
+    # hivtp_select calls the functions of its two ops.
+    assert exported == {f"{op}_cuda" for op in OPS if "cuda" in OPS[op].backends} - {"hivtp_select_cuda"}
 
 
 def test_cuda_compiled_where_it_was_asked_for():
@@ -61,13 +58,18 @@ def test_cuda_compiled_where_it_was_asked_for():
     "op, arguments",
     [
         ("aggregate_attention", ([(0, 4, 4, 2)], 0, 0, 1, 1, 2, 1, False)),
+        ("attention_importance", ([(0,) * 11], 0, 0, 1, 1, 2, 1, 1, False, 1.0, 0)),
+        ("cosine_similarity", (0, 1, 1, 0, 0, 1, 1, 1)),
         ("diverse_select", (0, 1, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 8)),
         ("gather_tokens", (0, 1, 1, 0, 1, 0, 0, 1, 1, 1, 1, 0.0)),
-        ("hierarchical_select", (0, 1, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1.0, 1, False)),
+        ("hierarchical_select", (0, 1, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1.0, 1, False, False)),
+        ("vispruner_select", (0, 1, 1, 0, 0, 1, 0, 0, 0, 0, 1, 1, 1, 1, 1, 8, 0)),
     ],
 )
 def test_without_a_device_a_launch_names_op_error_and_line(op, arguments):
-    message = rf"^{op}: cudaError\w+: .+ \(.*{op}\.cu:\d+\)$"
+    # vispruner_select launches the kernels of other ops, and hivtp_select calls their functions.
+    launched = {"vispruner_select": "cosine_similarity"}.get(op, op)
+    message = rf"^{launched}: cudaError\w+: .+ \(.*csrc/cuda/({launched}\w*\.cu|device\.cuh):\d+\)$"
     with pytest.raises(RuntimeError, match=message):
         getattr(_native.C, f"{op}_cuda")(*arguments, 0)
 

@@ -2,7 +2,7 @@
 // Work      a cluster of blocks per image and 32 columns, a lane per column. All rows of all maps are dealt out to the
 //           warps of the cluster in equal runs; their sums meet in shared memory, those of the blocks in block 0.
 // Traffic   every map once (row 0 alone for cls_row), no scratch memory.
-// Numerics  eight rows at a time in float32, their sums in double, in an order that depends on the architecture and
+// Numerics  sixteen rows at a time in float32, their sums in double, in an order that depends on the architecture and
 //           the shape of an image alone: deterministic and batch-invariant. NaN and inf end in their column.
 // Source    HIVTP, arXiv 2509.23663 (mid-layer attention); VisPruner, arXiv 2412.01818 (CLS attention)
 #include <algorithm>
@@ -18,7 +18,7 @@ namespace {
 constexpr int kColumns = 32;    // of a cluster, one per lane
 constexpr int kWarps = 16;      // of a block
 constexpr int kCluster = 8;     // blocks, where there are clusters; it does not depend on B, for the order of sums
-constexpr int kGroup = 8;       // rows summed in float32 before they go to double, and loads in flight per thread
+constexpr int kGroup = 16;      // rows summed in float32 before they go to double, and loads in flight per thread
 constexpr int kMaxLayers = 96;  // what fits in the 4 KB of kernel parameters that every architecture takes
 
 struct Layers {
@@ -26,32 +26,18 @@ struct Layers {
 };
 static_assert(sizeof(Layers) <= 4000, "4 KB of kernel parameters, the other ones included");
 
-// The rows of all maps of an image, one after the other: layer, head, row.
-class RowWalk {
- public:
-    __device__ RowWalk(const AttentionMap* layers, int64_t first, int64_t b, int64_t H, int64_t rows)
-        : layers_(layers), b_(b), H_(H), rows_(rows) {
-        row_ = first % rows;
-        head_ = first / rows % H;
-        layer_ = first / rows / H;
-    }
-    __device__ int64_t offset() const {
-        const AttentionMap& layer = layers_[layer_];
-        return b_ * layer.batch_stride + head_ * layer.head_stride + row_ * layer.row_stride;
-    }
-    __device__ const void* map() const { return layers_[layer_].map; }
-    __device__ void next() {
-        if (++row_ < rows_) return;
-        row_ = 0;
-        if (++head_ < H_) return;
-        head_ = 0;
-        ++layer_;
-    }
-
- private:
-    const AttentionMap* layers_;
-    int64_t b_, H_, rows_, row_, head_, layer_;
-};
+// Sum over `count` rows, at most kGroup, of the column that `first` points to. No branch between the loads, which are
+// all in flight together: past the end they repeat the last row.
+template <bool kFull, class T>
+__device__ double sum_group(const T* first, int64_t row_stride, int count) {
+    T values[kGroup];
+#pragma unroll
+    for (int k = 0; k < kGroup; ++k) values[k] = first[(kFull ? k : min(k, count - 1)) * row_stride];
+    float sum = to_float(values[0]);
+#pragma unroll
+    for (int k = 1; k < kGroup; ++k) sum += kFull || k < count ? to_float(values[k]) : 0.0f;
+    return static_cast<double>(sum);
+}
 
 template <class T>
 __global__ void __launch_bounds__(kWarps* kColumns)
@@ -66,25 +52,21 @@ __global__ void __launch_bounds__(kWarps* kColumns)
     HVP_SHARED(double, s_warp_sums, kWarps* kColumns);
     HVP_SHARED(double, s_sums, kColumns);
 
-    // Sum the warp's rows.
+    // Sum the warp's rows, those of one map at a time.
     const int64_t total = num_layers * H * rows, part = rank * kWarps + warp, parts = blocks * kWarps;
     const int64_t end = (part + 1) * total / parts;
     double sum = 0.0;
-    int64_t i = part * total / parts;
-    RowWalk walk(layers.layers, i, b, H, rows);
-    while (i < end) {
-        float values[kGroup];
-#pragma unroll
-        for (int k = 0; k < kGroup; ++k) {
-            const bool valid = inside && i + k < end;
-            values[k] = valid ? to_float(static_cast<const T*>(walk.map())[walk.offset() + column]) : 0.0f;
-            if (i + k + 1 < end) walk.next();
+    for (int64_t i = part * total / parts; i < end;) {
+        const AttentionMap& layer = layers.layers[i / rows / H];
+        const int64_t row = i % rows, count = min(rows - row, end - i);
+        const int64_t offset = b * layer.batch_stride + i / rows % H * layer.head_stride + row * layer.row_stride;
+        const T* from = static_cast<const T*>(layer.map) + offset + min(column, L - 1);
+        int left = static_cast<int>(count);
+        for (; left >= kGroup; left -= kGroup, from += kGroup * layer.row_stride) {
+            sum += sum_group<true>(from, layer.row_stride, kGroup);
         }
-        float group = values[0];
-#pragma unroll
-        for (int k = 1; k < kGroup; ++k) group += values[k];
-        sum += static_cast<double>(group);
-        i += kGroup;
+        if (left > 0) sum += sum_group<false>(from, layer.row_stride, left);
+        i += count;
     }
 
     // Sum the block's warps.

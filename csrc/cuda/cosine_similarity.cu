@@ -3,10 +3,9 @@
 //           columns of it. Norms come from the tile's own rows, multiplied with themselves on the way: one launch.
 // Traffic   features once from memory and once per tile from L2; the result once.
 // Numerics  half inputs by tensor cores, float32 by FMA in blocks of 32 along C; float32 sums. Rows whose norm is out
-// of
-//           the range of such sums are scaled by a power of two in a second run of the tile, so that nothing overflows
-//           or vanishes. A zero row gives 0, a row with NaN or inf -inf. A value depends on its two rows alone, in one
-//           order of sums: symmetric and batch-invariant bit for bit.
+//           of the range of such sums are scaled by a power of two in a second run of the tile, so that nothing
+//           overflows or vanishes. A zero row gives 0, a row with NaN or inf -inf. A value depends on its two rows
+//           alone, in one order of sums: symmetric and batch-invariant bit for bit.
 // Source    VisPruner, arXiv 2412.01818
 #include <algorithm>
 #include <cmath>
@@ -165,6 +164,7 @@ __global__ void __launch_bounds__(Tile<kColumns>::kThreads, 1)
     using Out = std::conditional_t<sizeof(T) == 2, __half, float>;
     constexpr int kSide = Tile<kColumns>::kSide, kThreads = Tile<kColumns>::kThreads, kPiece = 16 / sizeof(T);
     constexpr int kStageBytes = Tile<kColumns>::kStageBytes, kStepElements = kStepBytes / sizeof(T);
+    hvp::programmatic_trigger();
     HVP_DYNAMIC_SHARED(char, s_stages);     // [kStages, kStageBytes]
     HVP_SHARED(float, s_scale, 2 * kSide);  // 1 but where norms need it; 0 for a row with NaN or inf
     HVP_SHARED(float, s_norm, 2 * kSide);   // squared, then as normalise takes it; NaN for a row with NaN or inf
@@ -295,7 +295,9 @@ void cosine_similarity_cuda(const CosineSimilarityArgs& args, cudaStream_t strea
         // Large tiles read less from L2, small ones fill a GPU with a few images.
         constexpr int64_t kManyTokens = 4096;
         if constexpr (sizeof(T) == 2) {
-            if (args.B * args.N >= kManyTokens) return launch_tiles<T, 64>(params, args.B, config);
+            const int64_t norms = 4 * Tile<64>::kSide * sizeof(float);
+            const bool fits = kStages * Tile<64>::kStageBytes <= hvp::max_shared_bytes(kOp, norms);
+            if (fits && args.B * args.N >= kManyTokens) return launch_tiles<T, 64>(params, args.B, config);
         }
         launch_tiles<T, 32>(params, args.B, config);
     });

@@ -2,10 +2,12 @@
 // block clusters. nvcc compiles it for the device; with HVP_EMULATE, g++ compiles it for tests/emulation.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #ifdef HVP_EMULATE
 #include "emulation.h"
@@ -45,17 +47,20 @@ inline void check_cuda(cudaError_t error, const char* op, const char* file, int 
                              " (" + file + ":" + std::to_string(line) + ")");
 }
 
+// Whether dependent launches may overlap the one before, where the device can: false to measure without.
+constexpr bool kOverlapLaunches = true;
+
 struct LaunchConfig {
     dim3 grid;
     dim3 block;
     size_t dynamic_shared_bytes = 0;
     cudaStream_t stream = nullptr;
     unsigned cluster = 1;    // blocks per cluster, along x; above 1 needs compute capability 9.0
-    bool dependent = false;  // may start before the previous kernel of the stream has ended;
-                             // the kernel calls programmatic_wait() before it touches that one's output
+    bool dependent = false;  // may start before the previous kernel of the stream has ended: every thread calls
+                             // programmatic_wait() before it reads what that one writes, or writes anything at all
 };
 
-// Compute capability of the current device as major * 10 + minor.
+// Compute capability of the current device as major * 10 + minor, at most that which the kernels were compiled for.
 inline cudaError_t compute_capability(int* result) {
 #ifdef HVP_EMULATE
     *result = ::emulation::config.compute_capability;
@@ -67,8 +72,21 @@ inline cudaError_t compute_capability(int* result) {
     error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
     if (error != cudaSuccess) return error;
     error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-    *result = 10 * major + minor;
+    *result = std::min(10 * major + minor, std::max({__CUDA_ARCH_LIST__}) / 10);
     return error;
+#endif
+}
+
+// Dynamic shared memory that a block of op can have on the current device, beside its static shared memory.
+inline int64_t max_shared_bytes(const char* op, int64_t static_bytes = 128) {
+#ifdef HVP_EMULATE
+    static_cast<void>(op);
+    return static_cast<int64_t>(::emulation::max_shared_bytes()) - static_bytes;
+#else
+    int device, bytes;
+    HVP_CUDA_CHECK(op, cudaGetDevice(&device));
+    HVP_CUDA_CHECK(op, cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    return bytes - static_bytes;
 #endif
 }
 
@@ -76,9 +94,14 @@ template <class... Params, class... Args>
 cudaError_t launch(const LaunchConfig& config, void (*kernel)(Params...), Args... args) {
     static_assert(sizeof...(Params) == sizeof...(Args), "one argument per kernel parameter");
 #ifdef HVP_EMULATE
+    const bool dependent = config.dependent && kOverlapLaunches && ::emulation::config.compute_capability >= 90;
     return ::emulation::launch(
-        {config.grid, config.block, dim3(config.cluster), config.dynamic_shared_bytes, config.dependent},
-        [&] { kernel(static_cast<Params>(args)...); });
+        {config.grid, config.block, dim3(config.cluster), config.dynamic_shared_bytes, dependent}, [&] {
+            const auto run = kernel;
+            const std::tuple<Params...> params(static_cast<Params>(args)...);
+            ::emulation::arguments_are_read();
+            std::apply(run, params);
+        });
 #else
     constexpr size_t kDefaultDynamicShared = 48 * 1024;  // bytes available without asking
     constexpr unsigned kPortableCluster = 8;
@@ -106,7 +129,7 @@ cudaError_t launch(const LaunchConfig& config, void (*kernel)(Params...), Args..
         attribute.val.clusterDim.y = 1;
         attribute.val.clusterDim.z = 1;
     }
-    if (config.dependent) {
+    if (config.dependent && kOverlapLaunches) {
         int capability;
         error = compute_capability(&capability);
         if (error != cudaSuccess) return error;
@@ -120,16 +143,18 @@ cudaError_t launch(const LaunchConfig& config, void (*kernel)(Params...), Args..
 #endif
 }
 
-// Waits until the previous kernel of the stream has ended and its writes are visible.
-__device__ inline void programmatic_wait() {
+// Waits until the previous kernel of the stream has ended and its writes are visible, those before it included.
 #ifdef HVP_EMULATE
-    ::emulation::programmatic_wait();
-#elif __CUDA_ARCH__ >= 900
+inline void programmatic_wait(HVP_PLACE) { ::emulation::programmatic_wait(file, line); }
+#else
+__device__ inline void programmatic_wait() {
+#if __CUDA_ARCH__ >= 900
     cudaGridDependencySynchronize();
 #endif
 }
+#endif
 
-// Lets a dependent kernel start once every block has called this or ended.
+// Lets a dependent launch start once every block has called this or ended; it then takes the room that is left.
 __device__ inline void programmatic_trigger() {
 #if !defined(HVP_EMULATE) && __CUDA_ARCH__ >= 900
     cudaTriggerProgrammaticLaunchCompletion();
@@ -159,7 +184,7 @@ __device__ inline unsigned cluster_size() {
 }
 
 #ifdef HVP_EMULATE
-inline void cluster_sync(int line = __builtin_LINE()) { ::emulation::cluster_barrier(line); }
+inline void cluster_sync(HVP_PLACE) { ::emulation::cluster_barrier(file, line); }
 #else
 // Barrier of all threads of the cluster; orders their memory accesses, distributed shared ones too.
 __device__ inline void cluster_sync() {
@@ -250,8 +275,8 @@ __device__ void exchange_send(T* slot, T value, ExchangeBarrier* barrier, unsign
 }
 
 #ifdef HVP_EMULATE
-inline void exchange_wait(ExchangeBarrier* barrier, unsigned parity, int line = __builtin_LINE()) {
-    ::emulation::mbarrier_wait(::emulation::observed(barrier), parity, line);
+inline void exchange_wait(ExchangeBarrier* barrier, unsigned parity, HVP_PLACE) {
+    ::emulation::mbarrier_wait(::emulation::observed(barrier), parity, file, line);
 }
 #else
 __device__ inline void exchange_wait(ExchangeBarrier* barrier, unsigned parity) {

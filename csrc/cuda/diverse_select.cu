@@ -9,6 +9,7 @@
 // Source    VisPruner, arXiv 2412.01818
 #include "../ops.h"
 #include "../order.h"
+#include "mma.cuh"
 #include "selection.cuh"
 
 namespace hvprune {
@@ -24,43 +25,71 @@ class State {
     BitSet set;     // of N
 
     static __host__ __device__ int64_t bytes(int64_t N) {
-        return round_up(2 * 4 * (N + num_keys(N)) + BitSet::bytes(N) + 3 * N, 128);
+        return round_up(2 * 4 * (round_up(N, 4) + num_keys(N)) + BitSet::bytes(N) + 3 * N, 128);
     }
-    __device__ State(int32_t* memory, int N) : lists_(memory), N_(N) {
-        int32_t* words = memory + 2 * (N + num_keys(N));
+    __device__ State(int32_t* memory, int N) : lists_(memory), N_(N), stride_(static_cast<int>(round_up(N, 4))) {
+        int32_t* words = memory + 2 * (stride_ + num_keys(N));
         set = {reinterpret_cast<uint32_t*>(words), words + ceil_div(N, kWarpSize)};
         kept = reinterpret_cast<uint8_t*>(words) + BitSet::bytes(N);
     }
-    // [N] residual tokens in order
-    __device__ int32_t* list(int parity) const { return lists_ + parity * N_; }
-    // [N / 2 + 1 + kMaxCluster] order keys of the scores by position / 2, then one of each block
-    __device__ int32_t* keys(int parity) const { return lists_ + 2 * N_ + parity * num_keys(N_); }
+    // [N] residual tokens in order, aligned to 16 bytes
+    __device__ int32_t* list(int parity) const { return lists_ + parity * stride_; }
+    // [N / 2 + 1 + kMaxCluster] order keys of the scores by position / 2, then one of each block; aligned to 16 bytes
+    __device__ int32_t* keys(int parity) const { return lists_ + 2 * stride_ + parity * num_keys(N_); }
     // [N] per token: residual, at an odd position
     __device__ uint8_t* is_odd(int parity) const { return kept + (1 + parity) * N_; }
 
  private:
-    static __host__ __device__ int num_keys(int N) { return N / 2 + 1 + kMaxCluster; }
+    static __host__ __device__ int num_keys(int N) { return static_cast<int>(round_up(N / 2 + 1 + kMaxCluster, 4)); }
 
     int32_t* lists_;
-    int N_;
+    int N_, stride_;
 };
 
-// Position of item i among n keys in descending order, ties by lower index.
+// Position of item i among n keys in descending order, ties by lower index. Keys are aligned to 16 bytes; the items of
+// a warp follow each other from a multiple of 32 on.
 __device__ int rank_of(int i, const int32_t* keys, int n) {
     const int32_t key = keys[i];
-    int rank = 0;
-    for (int j = 0; j < i; ++j) rank += keys[j] >= key;
-    for (int j = i + 1; j < n; ++j) rank += keys[j] > key;
-    return rank;
+    const int first = i / kWarpSize * kWarpSize, after = first + kWarpSize;
+    int counts[4] = {};  // four of them, because each waits for its predecessor
+    const auto count_above = [&](int begin, int end, int32_t bound) {  // of multiples of 4
+        for (int j = begin; j < end; j += 4) {
+            const int4 four = *reinterpret_cast<const int4*>(keys + j);
+            counts[0] += four.x > bound;
+            counts[1] += four.y > bound;
+            counts[2] += four.z > bound;
+            counts[3] += four.w > bound;
+        }
+    };
+    count_above(0, first, key - 1);  // no key is the lowest integer
+    for (int j = first; j < min(after, n); ++j) counts[0] += keys[j] > key - (j < i);
+    count_above(after, n / 4 * 4, key);
+    for (int j = max(after, n / 4 * 4); j < n; ++j) counts[0] += keys[j] > key;
+    return counts[0] + counts[1] + (counts[2] + counts[3]);
 }
 
-// Order key of max over the columns whose byte is set of row[column], -inf if there is none. By one warp.
+// Order key of max over the columns whose byte is set of row[column], -inf if there is none or it is NaN. By one warp.
+// In fours: N is a multiple of 4, and row and is_set are aligned to 4 elements.
 template <class T>
-__device__ int32_t score_key(const T* row, const uint8_t* is_set, int N) {
+__device__ int32_t score_key(const T* row, const uint8_t* is_set, int N, bool in_fours) {
+    struct alignas(4 * sizeof(T)) Four {
+        T values[4];
+    };
+    const int lane = threadIdx.x % kWarpSize;
     float most = -INFINITY;
-    for (int column = threadIdx.x % kWarpSize; column < N; column += kWarpSize) {
-        const float value = to_float(row[column]);
-        if (is_set[column] && value > most) most = value;
+    if (in_fours) {
+        for (int column = lane * 4; column < N; column += kWarpSize * 4) {
+            const Four four = *reinterpret_cast<const Four*>(row + column);
+            const uint32_t set = *reinterpret_cast<const uint32_t*>(is_set + column);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                if (set >> 8 * i & 1) most = fmaxf(most, to_float(four.values[i]));
+            }
+        }
+    } else {
+        for (int column = lane; column < N; column += kWarpSize) {
+            if (is_set[column]) most = fmaxf(most, to_float(row[column]));
+        }
     }
     return __reduce_max_sync(kAllLanes, order_key(most));
 }
@@ -91,24 +120,15 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     T* s_rows = reinterpret_cast<T*>(reinterpret_cast<unsigned char*>(s_memory) + State::bytes(N));
     const T* own = similarity + b * batch_stride;
 
-    // Load the block's rows and the importance.
-    if (kOnChip) {
-        const int last_row = min(first_row + rows_per_block, N);
-        for (int row = first_row + warp; row < last_row; row += num_warps) {
-            for (int column = threadIdx.x % kWarpSize; column < N; column += kWarpSize) {
-                s_rows[(row - first_row) * N + column] = own[row * row_stride + column];
-            }
-        }
-    }
+    // Order by importance: the best are kept, the others are the list.
+    // NOTE: before the wait only the importance is read and nothing is written to global memory.
     int32_t* const s_importance = state.list(1);  // [N] order keys, until the first round writes that list
     for (int token = threadIdx.x; token < N; token += blockDim.x) {
         s_importance[token] = order_key(load_float(importance, importance_dtype, b * importance_batch_stride + token));
         state.kept[token] = true;
     }
     if (blocks > 1 && threadIdx.x < 2) hvp::exchange_init(&s_barriers[threadIdx.x]);
-    hvp::cluster_sync();  // rows and importance are written, barriers are ready
-
-    // Order by importance: the best are kept, the others are the list.
+    __syncthreads();  // importance is written
     for (int token = threadIdx.x; token < N; token += blockDim.x) {
         const int position = rank_of(token, s_importance, N) - num_important;
         if (position >= 0) state.list(0)[position] = token;
@@ -116,8 +136,30 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
             state.is_odd(parity)[token] = position >= 0 && position % 2;  // the best stay out of both for good
         }
     }
-    __syncthreads();  // the list is written, importance is no longer read
 
+    // Load the block's rows.
+    hvp::programmatic_wait();
+    if (kOnChip) {
+        constexpr int kPiece = 16 / sizeof(T);
+        const bool aligned =
+            (reinterpret_cast<uintptr_t>(own) | (row_stride | N) * static_cast<int64_t>(sizeof(T))) % 16 == 0;
+        const int last_row = min(first_row + rows_per_block, N), lane = threadIdx.x % kWarpSize;
+        for (int row = first_row + warp; row < last_row; row += num_warps) {
+            const T* from = own + row * row_stride;
+            T* to = s_rows + (row - first_row) * N;
+            if (aligned) {
+                for (int i = lane * kPiece; i < N; i += kWarpSize * kPiece) hvp::cp_async16(to + i, from + i);
+            } else {
+                for (int i = lane; i < N; i += kWarpSize) to[i] = from[i];
+            }
+        }
+        hvp::cp_async_commit();
+        hvp::cp_async_wait<0>();
+    }
+    hvp::cluster_sync();  // rows and list are written, barriers are ready, importance is no longer read
+
+    const auto address = kOnChip ? 0 : reinterpret_cast<uintptr_t>(own) | row_stride * static_cast<int64_t>(sizeof(T));
+    const bool in_fours = N % 4 == 0 && address % (4 * sizeof(T)) == 0;
     const int columns = N - num_important, num_diverse = K - num_important;
     int64_t* trace_row = trace == nullptr ? nullptr : trace + b * trace_lists * columns;
     if (trace != nullptr && rank == 0) write_trace(state.list(0), columns, columns, trace_row);
@@ -146,7 +188,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
         for (int i = warp; i < num_even; i += num_warps) {
             const int token = list[2 * i], row = token - first_row;
             if (row < 0 || row >= rows_per_block) continue;
-            publish(i, score_key(kOnChip ? s_rows + row * N : own + token * row_stride, state.is_odd(now), N));
+            const T* scored = kOnChip ? s_rows + row * N : own + token * row_stride;
+            publish(i, score_key(scored, state.is_odd(now), N, in_fours));
         }
         if (blocks > 1 && warp == 0) publish(num_even + rank, 0);
         if (blocks > 1) {
@@ -157,8 +200,9 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
 
         // Rewrite the list: what is left of the even positions by score, then the odd ones.
         for (int i = threadIdx.x; i < residual; i += blockDim.x) {
-            const int token = list[i];
-            const int position = i % 2 ? num_even - removals + i / 2 : rank_of(i / 2, keys, num_even) - removals;
+            // The even positions go to the first threads: their loops over the keys are long.
+            const int odd = i - num_even, token = list[odd < 0 ? 2 * i : 2 * odd + 1];
+            const int position = (odd < 0 ? rank_of(i, keys, num_even) : num_even + odd) - removals;
             if (position >= 0) state.list(next)[position] = token;
             state.is_odd(next)[token] = position >= 0 && position % 2;
             if (position < 0) state.kept[token] = false;
@@ -185,13 +229,7 @@ struct Plan {
     size_t shared_bytes;
 };
 
-Plan make_plan(int64_t B, int64_t N, int64_t element_size, int capability) {
-    const int64_t kilobyte = 1024;  // what a block can have, by compute capability
-    const int64_t most = (capability == 80 || capability == 87   ? 163
-                          : capability < 90 || capability >= 120 ? 99
-                                                                 : 227) *
-                             kilobyte -
-                         1 * kilobyte;  // s_barriers apart
+Plan make_plan(int64_t B, int64_t N, int64_t element_size, int capability, int64_t most) {
     const auto bytes = [&](int blocks) { return State::bytes(N) + ceil_div(N, blocks) * N * element_size; };
     const int widest = capability >= 90 ? kMaxCluster : 1;
     int blocks = widest;
@@ -207,13 +245,16 @@ void diverse_select_cuda(const DiverseSelectArgs& args, cudaStream_t stream) {
     if (args.B == 0) return;
     int capability;
     HVP_CUDA_CHECK(kOp, hvp::compute_capability(&capability));
-    const Plan plan = make_plan(args.B, args.N, args.similarity_dtype == DType::kFloat32 ? 4 : 2, capability);
+    const Plan plan = make_plan(args.B, args.N, args.similarity_dtype == DType::kFloat32 ? 4 : 2, capability,
+                                hvp::max_shared_bytes(kOp));
+    check_shared_bytes(kOp, "similarity", args.N, plan.shared_bytes);
     hvp::LaunchConfig config;
     config.cluster = plan.blocks;
     config.grid = grid_of(kOp, args.B * plan.blocks);
     config.block = dim3(threads_for(args.N));
     config.dynamic_shared_bytes = plan.shared_bytes;
     config.stream = stream;
+    config.dependent = args.after_similarity;
     dispatch(args.similarity_dtype, [&](auto tag) {
         using T = decltype(tag);
         const auto kernel = plan.on_chip ? diverse_select_kernel<T, true> : diverse_select_kernel<T, false>;

@@ -154,6 +154,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     const Image image = {s_keys, reinterpret_cast<uint8_t*>(s_keys + N) + BitSet::bytes(N), gh, gw};
     const SelectionRow row = {indices + b * M, counts + b, mask + b * N};
 
+    hvp::programmatic_wait();  // NOTE: global memory is neither read nor written before
     for (int token = threadIdx.x; token < N; token += blockDim.x) {
         image.keys[token] = order_key(to_float(scores[b * batch_stride + token]));
         image.stage[token] = kDropped;
@@ -187,20 +188,23 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
 }  // namespace
 
 void hierarchical_select_cuda(const HierarchicalSelectArgs& args, cudaStream_t stream) {
+    constexpr const char* kOp = "hierarchical_select";
     const int64_t N = args.gh * args.gw;
     if (args.B == 0) return;
     hvp::LaunchConfig config;
-    config.grid = grid_of("hierarchical_select", args.B);
+    config.grid = grid_of(kOp, args.B);
     config.block = dim3(threads_for(N));
     config.dynamic_shared_bytes = 5 * N + BitSet::bytes(N);
     config.stream = stream;
+    config.dependent = args.after_scores;
+    check_shared_bytes(kOp, "scores", N, config.dynamic_shared_bytes);
     // A window larger than the grid is as good as one of its size.
     const auto clamp = [](int64_t size, int64_t most) { return static_cast<int>(size < most ? size : most); };
     dispatch(args.dtype, [&](auto tag) {
         using T = decltype(tag);
-        HVP_LAUNCH("hierarchical_select", config, hierarchical_select_kernel<T>, static_cast<const T*>(args.scores),
-                   args.batch_stride, args.indices, args.counts, args.mask, static_cast<int>(args.gh),
-                   static_cast<int>(args.gw), args.region_rows, args.region_cols, clamp(args.window_height, args.gh),
+        HVP_LAUNCH(kOp, config, hierarchical_select_kernel<T>, static_cast<const T*>(args.scores), args.batch_stride,
+                   args.indices, args.counts, args.mask, static_cast<int>(args.gh), static_cast<int>(args.gw),
+                   args.region_rows, args.region_cols, clamp(args.window_height, args.gh),
                    clamp(args.window_width, args.gw), args.keep_ratio, static_cast<int>(args.M), args.fixed);
     });
 }

@@ -190,18 +190,22 @@ __device__ inline void cp_async_commit() {
 }
 
 // Waits until at most kPending of this thread's groups are in flight. Other threads' copies need a barrier.
-template <int kPending>
-__device__ inline void cp_async_wait() {
 #ifdef HVP_EMULATE
+template <int kPending>
+void cp_async_wait(HVP_PLACE) {
+    if (::emulation::left_out(file, line)) return;
     for (::emulation::AsyncCopy copy; ::emulation::async_land(kPending, &copy);) {
         auto* target = static_cast<char*>(copy.target);
         memcpy(target, copy.source, copy.bytes);
         memset(target + copy.bytes, 0, 16 - copy.bytes);
     }
-#else
-    asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-#endif
 }
+#else
+template <int kPending>
+__device__ inline void cp_async_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+#endif
 
 #undef HVP_LINE_ARGUMENT
 

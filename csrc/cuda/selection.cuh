@@ -1,6 +1,9 @@
 // What hierarchical_select and diverse_select share: results in raster order, by bitmask and prefix sums.
 #pragma once
 
+#include <stdexcept>
+#include <string>
+
 #include "common.cuh"
 
 namespace hvprune {
@@ -10,6 +13,16 @@ constexpr int kMaxThreads = 1024;  // of a block
 // Threads of a block that works on N items: one each, in whole warps.
 inline unsigned threads_for(int64_t N) {
     return static_cast<unsigned>(N < kMaxThreads ? round_up(N > 0 ? N : 1, kWarpSize) : kMaxThreads);
+}
+
+// Throws std::invalid_argument if N tokens need more shared memory than a block can have.
+inline void check_shared_bytes(const char* op, const char* argument, int64_t N, int64_t bytes) {
+    const int64_t most = hvp::max_shared_bytes(op);
+    if (bytes > most) {
+        throw std::invalid_argument(std::string(op) + ": " + argument + " must be of few enough tokens for the " +
+                                    std::to_string(most) + " bytes of shared memory of a block, got " +
+                                    std::to_string(N) + " tokens, which need " + std::to_string(bytes));
+    }
 }
 
 // What a selection op returns for one image.

@@ -28,7 +28,8 @@ def aggregate_attention(
     :func:`attention_importance`, which never makes them.
 
     Args:
-        attentions: (B, H, L, L) maps in float32, float16 or bfloat16, or a sequence of such, one per layer.
+        attentions: (B, H, L, L) maps in float32, float16 or bfloat16, or a sequence of such, one per layer (with CUDA
+            at most 96).
         num_prefix_tokens: P, tokens before the patches: 1 for CLIP, 0 for SigLIP.
         rows: "all" or "cls"; "cls" needs P >= 1.
         backend: "auto", "cuda", "triton", "cpu" or "reference".

@@ -27,8 +27,8 @@ def attention_importance(
         importance[b, j] = mean over l, h, i of A_l[b, h, i, P + j]
 
     Args:
-        queries, keys: (B, H, L, D) in float32, float16 or bfloat16, or one such per layer in a sequence. Memory
-            laid out as (B, L, H, D), as a projection emits it, is taken as it is: pass
+        queries, keys: (B, H, L, D) in float32, float16 or bfloat16 (with CUDA D up to 256), or one such per layer in
+            a sequence. Memory laid out as (B, L, H, D), as a projection emits it, is taken as it is: pass
             ``q.view(B, L, H, D).transpose(1, 2)``.
         num_prefix_tokens: P, tokens before the patches: 1 for CLIP, 0 for SigLIP.
         rows: "all" averages all L query rows (HIVTP), "cls" takes row 0 alone (VisPruner) and needs P >= 1.

@@ -51,7 +51,8 @@ def diverse_select(
         makes every score -inf. Same bits on every backend.
 
     Memory: outputs; on a CPU also 24 * N bytes per thread, and 4 * N * N bytes per thread unless ``similarity`` is
-    float32 with N a multiple of 16; with Triton 16 * B * N bytes.
+    float32 with N a multiple of 16; with Triton 16 * B * N bytes. With CUDA, N is bounded by the shared memory of a
+    block: 15 000 tokens on an H100, 10 000 on an A100.
 
     Raises:
         TypeError, ValueError: an argument is not as above.

@@ -44,7 +44,8 @@ def hierarchical_select(
         Selection with M = K, or in natural mode M = the most that any scores can keep (288 for the defaults).
         Equal scores: lower token index first. NaN ranks below -inf, -0 equals +0. Same bits on every backend.
 
-    Memory: outputs, plus 13 * N bytes per thread on a CPU.
+    Memory: outputs, plus 13 * N bytes per thread on a CPU. With CUDA, N is bounded by the shared memory of a block:
+    43 000 tokens on an H100, 31 000 on an A100.
 
     Raises:
         TypeError, ValueError: an argument is not as above.
@@ -110,7 +111,7 @@ def _reference(scores, grid, regions, keep_ratio, window, num_tokens):
     )
 
 
-def _compiled(scores, grid, regions, keep_ratio, window, num_tokens):
+def _compiled(scores, grid, regions, keep_ratio, window, num_tokens, after_scores=False):
     indices, counts, mask = outputs = _out(scores, grid, regions, keep_ratio, window, num_tokens)
     scores = _native.rows(scores)
     _native.launch(
@@ -129,6 +130,7 @@ def _compiled(scores, grid, regions, keep_ratio, window, num_tokens):
         keep_ratio,
         indices.shape[1],
         num_tokens is not None,
+        after_scores,
     )
     return outputs
 

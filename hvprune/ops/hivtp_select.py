@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 from torch import Tensor
 
@@ -80,9 +79,14 @@ def _reference(queries, keys, grid, num_prefix_tokens, scale, regions, keep_rati
     )
 
 
-def _compiled(importance_of, queries, keys, grid, num_prefix_tokens, scale, regions, keep_ratio, window, num_tokens):
-    importance = importance_of(queries, keys, num_prefix_tokens, "all", scale, None)
-    return hierarchical_select_compiled(importance, grid, regions, keep_ratio, window, num_tokens)
+def _cpu(queries, keys, grid, num_prefix_tokens, scale, *arguments):
+    importance = attention_importance_cpu(queries, keys, num_prefix_tokens, "all", scale, None)
+    return hierarchical_select_compiled(importance, grid, *arguments)
+
+
+def _cuda(queries, keys, grid, num_prefix_tokens, scale, *arguments):
+    importance = attention_importance_cuda(queries, keys, num_prefix_tokens, "all", scale, None)
+    return hierarchical_select_compiled(importance, grid, *arguments, after_scores=True)
 
 
 _OP = Op(
@@ -93,9 +97,9 @@ _OP = Op(
     check=_check,
     out=_out,
     backends={
-        "cuda": partial(_compiled, attention_importance_cuda),
+        "cuda": _cuda,
         "triton": from_triton("hivtp_select"),
-        "cpu": partial(_compiled, attention_importance_cpu),
+        "cpu": _cpu,
         "reference": _reference,
     },
 )

@@ -6,8 +6,7 @@ from .. import _native, reference
 from .._checks import check_floats, check_same_device, value_error
 from .._registry import Op, from_triton
 from ..selection import Selection, empty_selection
-from .cosine_similarity import _compiled as cosine_similarity_compiled
-from .diverse_select import _compiled as diverse_select_compiled
+from .cosine_similarity import _out as cosine_similarity_out
 from .diverse_select import check_budget
 
 
@@ -61,7 +60,7 @@ def _reference(features, importance, num_tokens, important_ratio, removals_per_r
     )
 
 
-def _cpu(features, importance, num_tokens, important_ratio, removals_per_round):
+def _compiled(features, importance, num_tokens, important_ratio, removals_per_round, similarity=None):
     indices, counts, mask = outputs = _out(features, importance, num_tokens, important_ratio, removals_per_round)
     features, importance = _native.rows(features), _native.rows(importance)
     _native.launch(
@@ -80,14 +79,13 @@ def _cpu(features, importance, num_tokens, important_ratio, removals_per_round):
         num_tokens,
         int(num_tokens * important_ratio),
         removals_per_round,
+        0 if similarity is None else similarity.data_ptr(),
     )
     return outputs
 
 
-def _cuda(features, importance, num_tokens, important_ratio, removals_per_round):
-    similarity = cosine_similarity_compiled(features)
-    arguments = (num_tokens, important_ratio, removals_per_round)
-    return diverse_select_compiled(similarity, importance, *arguments, return_trace=False)[:3]
+def _cuda(features, *arguments):
+    return _compiled(features, *arguments, similarity=cosine_similarity_out(features))
 
 
 _OP = Op(
@@ -96,5 +94,5 @@ _OP = Op(
     " int removals_per_round=8, str backend='auto') -> (Tensor, Tensor, Tensor)",
     check=_check,
     out=_out,
-    backends={"cuda": _cuda, "triton": from_triton("vispruner_select"), "cpu": _cpu, "reference": _reference},
+    backends={"cuda": _cuda, "triton": from_triton("vispruner_select"), "cpu": _compiled, "reference": _reference},
 )

@@ -68,6 +68,7 @@ PYBIND11_MODULE(hvp_emulation, m) {
         .value("missing_exchange_wait", Bug::kMissingExchangeWait)
         .value("unknown_rank", Bug::kUnknownRank)
         .value("missing_programmatic_wait", Bug::kMissingProgrammaticWait)
+        .value("late_programmatic_wait", Bug::kLateProgrammaticWait)
         .value("too_many_threads", Bug::kTooManyThreads);
     m.def("bug", [](uintptr_t in, uintptr_t out, Bug bug) {
         bug_cuda({pointer<const int>(in), pointer<int>(out), bug}, nullptr);

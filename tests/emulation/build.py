@@ -165,6 +165,7 @@ def run_sanitized(
         "LD_PRELOAD": " ".join(preload),
         "OMP_NUM_THREADS": "1",
         "ASAN_OPTIONS": "detect_leaks=0",
+        "TSAN_OPTIONS": "halt_on_error=1",
         "UBSAN_OPTIONS": "print_stacktrace=1",
     }
     return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)

@@ -19,13 +19,13 @@ dim3 blockDim, gridDim;
 namespace emulation {
 
 Config config;
+uint64_t num_kernels, num_memsets;
 const char* const fibers_are_from = HVP_EMULATION_BOOST ? "boost" : "ucontext";
 
 namespace {
 
 constexpr int kWarp = 32;
-constexpr size_t kMaxTsanThreads = 4096;          // well below what TSan can tell apart
-constexpr size_t kMaxDynamicShared = 227 * 1024;  // bytes, sm_90
+constexpr size_t kMaxTsanThreads = 3072;  // of a kind of launch; well below what TSan can tell apart
 
 // An address that stands for a new event in TSan's eyes: were it used again, a barrier would order its threads with
 // those of an earlier one. Nothing is stored there.
@@ -134,7 +134,7 @@ struct Cluster {
     Barrier barrier;
 } cluster;
 
-std::deque<Fiber> fibers;
+std::deque<Fiber> fibers[2];  // of ordinary and of dependent launches: these must not know what those did
 const std::function<void()>* body;
 const Launch* launched;
 Thread* running;
@@ -142,7 +142,7 @@ bool waited_for_previous;
 std::string failure;
 
 // Events in TSan's eyes, by their addresses.
-char launch_begins, launch_ends;
+char launch_begins[2], launch_ends;  // by parity of the launch
 
 std::string position(const Thread& thread) {
     const auto xyz = [](uint3 v) {
@@ -196,7 +196,9 @@ void poison(const SharedObject& object) {
 }
 
 void thread_main() {
-    acquire(&launch_begins);
+    // A dependent launch may run beside the previous one: until it waits, it knows what that one knew at its begin.
+    acquire(&launch_begins[(num_kernels - launched->dependent) % 2]);
+    ignore_accesses(true);  // the arguments, which the host has written since
     (*body)();
     release(&launch_ends);
     Thread& thread = *running;
@@ -218,6 +220,9 @@ void* find_or_create(Block& block, const void* tag, size_t bytes) {
         return object.data;
     }
     // Created under an identity of its own: allocation must not order the threads that share it.
+    size_t all_bytes = bytes;
+    for (const SharedObject& object : block.shared) all_bytes += object.bytes;
+    check(all_bytes <= max_shared_bytes(), "more shared memory than a block can have");
     static const TsanThread allocator = TsanThread::create();
     const TsanThread caller = TsanThread::current();
     allocator.become();
@@ -292,7 +297,8 @@ void prepare_cluster(uint3 origin, size_t first_fiber) {
             thread.block = &block;
             thread.linear = t;
             thread.index = {t % blockDim.x, t / blockDim.x % blockDim.y, t / (blockDim.x * blockDim.y)};
-            thread.fiber = &fibers[(first_fiber + rank * num_threads + t) % fibers.size()];
+            auto& pool = fibers[launched->dependent];
+            thread.fiber = &pool[(first_fiber + rank * num_threads + t) % pool.size()];
             thread.fiber->start(thread_main);
             block.warps[t / kWarp].alive |= 1u << t % kWarp;
         }
@@ -343,6 +349,12 @@ void fail(const std::string& message) {
     abort();  // the launch has ended; nothing resumes this thread
 }
 
+size_t max_shared_bytes() {
+    const int capability = config.compute_capability;
+    if (capability == 80 || capability == 87) return 163 * 1024;
+    return (capability < 90 || capability >= 120 ? 99 : 227) * 1024;
+}
+
 cudaError_t launch(const Launch& config_of_launch, const std::function<void()>& kernel) {
     const auto [grid, block, cluster_dim, dynamic_shared_bytes, dependent] = config_of_launch;
     const unsigned num_threads = block.x * block.y * block.z, num_blocks = cluster_dim.x;
@@ -351,7 +363,7 @@ cudaError_t launch(const Launch& config_of_launch, const std::function<void()>& 
     if (grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) return cudaErrorInvalidConfiguration;
     if (num_blocks == 0 || num_blocks > 16 || grid.x % num_blocks) return cudaErrorInvalidClusterSize;
     if (num_blocks > 1 && config.compute_capability < 90) return cudaErrorNotSupported;
-    if (dynamic_shared_bytes > kMaxDynamicShared) return cudaErrorInvalidValue;
+    if (dynamic_shared_bytes > max_shared_bytes()) return cudaErrorInvalidValue;
 
     gridDim = grid;
     blockDim = block;
@@ -369,7 +381,7 @@ cudaError_t launch(const Launch& config_of_launch, const std::function<void()>& 
     // Twice as many as run at once: threads of consecutive clusters are then different ones in TSan's eyes.
     const size_t at_once = cluster.threads.size();
     const size_t num_fibers = std::max(at_once, std::min(2 * at_once, kMaxTsanThreads));
-    while (fibers.size() < num_fibers) fibers.emplace_back();
+    while (fibers[dependent].size() < num_fibers) fibers[dependent].emplace_back();
 
     std::vector<uint3> origins;
     for (unsigned z = 0; z < grid.z; ++z) {
@@ -381,7 +393,7 @@ cudaError_t launch(const Launch& config_of_launch, const std::function<void()>& 
     if (config.order == Order::kReversed) std::reverse(origins.begin(), origins.end());
     if (config.order == Order::kRandom) std::shuffle(origins.begin(), origins.end(), random);
 
-    release(&launch_begins);
+    release(&launch_begins[++num_kernels % 2]);
     for (size_t i = 0; i < origins.size(); ++i) {
         prepare_cluster(origins[i], i * at_once);
         run_cluster(random);
@@ -392,7 +404,7 @@ cudaError_t launch(const Launch& config_of_launch, const std::function<void()>& 
         }
     }
     if (!failure.empty()) {
-        fibers.clear();  // those that never ended cannot be used again
+        fibers[dependent].clear();  // those that never ended cannot be used again
         throw std::runtime_error("emulation: " + failure);
     }
     if (dependent && !waited_for_previous) {
@@ -401,14 +413,22 @@ cudaError_t launch(const Launch& config_of_launch, const std::function<void()>& 
     return cudaSuccess;
 }
 
-Votes block_barrier(const char* op, bool vote, int line) {
+bool left_out(const char* file, int line) {
+    return line == config.left_out_line && std::string(file) == config.left_out_file;
+}
+
+Votes block_barrier(const char* op, bool vote, const char* file, int line) {
+    if (left_out(file, line)) return {vote, 1};
     return arrive_and_wait(running->block->barrier, op, line, vote, true);
 }
 
-void cluster_barrier(int line) { arrive_and_wait(cluster.barrier, "cluster_sync", line, false, true); }
+void cluster_barrier(const char* file, int line) {
+    if (!left_out(file, line)) arrive_and_wait(cluster.barrier, "cluster_sync", line, false, true);
+}
 
 // A fence and a later atomic publish what came before; an atomic and a later fence receive it.
-void fence() {
+void fence(const char* file, int line) {
+    if (left_out(file, line)) return;
     for (const void* address : running->atomics) acquire(address);
     running->atomics.clear();
     running->fenced = true;
@@ -419,7 +439,13 @@ void atomic_access(const void* address) {
     if (running->fenced) release(address);
 }
 
-void programmatic_wait() { waited_for_previous = true; }
+void programmatic_wait(const char* file, int line) {
+    if (left_out(file, line)) return;
+    waited_for_previous = true;
+    acquire(&launch_begins[num_kernels % 2]);
+}
+
+void arguments_are_read() { ignore_accesses(false); }
 
 unsigned lane() { return running->linear % kWarp; }
 
@@ -498,7 +524,8 @@ void mbarrier_complete(const void* remote_barrier, unsigned bytes) {
     fail("exchange_send: the barrier of the other block is not initialised");
 }
 
-void mbarrier_wait(const void* address, unsigned parity, int line) {
+void mbarrier_wait(const void* address, unsigned parity, const char* file, int line) {
+    if (left_out(file, line)) return;
     Mbarrier& barrier = mbarrier(*running->block, address);
     while ((barrier.phase & 1) == parity) block_on(&barrier.phase, "exchange_wait", line);
     acquire(barrier.tokens[parity]);
@@ -525,6 +552,12 @@ bool async_land(int pending, AsyncCopy* copy) {
 }
 
 }  // namespace emulation
+
+cudaError_t cudaMemsetAsync(void* target, int value, size_t bytes, cudaStream_t) {
+    ++emulation::num_memsets;
+    std::memset(target, value, bytes);
+    return cudaSuccess;
+}
 
 const char* cudaGetErrorName(cudaError_t error) {
     switch (error) {

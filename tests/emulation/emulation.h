@@ -46,8 +46,11 @@ struct Config {
     uint64_t seed = 0;              // of kRandom
     int fill = 0xCD;                // byte that uninitialised shared memory holds
     int compute_capability = 90;
+    std::string left_out_file;  // the barrier on that line of that file does nothing: mutate.py
+    int left_out_line = 0;
 };
 extern Config config;
+extern uint64_t num_kernels, num_memsets;  // launched so far
 extern const char* const fibers_are_from;  // "boost" or "ucontext"
 
 struct Launch {
@@ -65,11 +68,18 @@ cudaError_t launch(const Launch& launch, const std::function<void()>& body);
 struct Votes {
     int in_favour, total;
 };
-Votes block_barrier(const char* op, bool vote, int line);
-void cluster_barrier(int line);
-void fence();
+Votes block_barrier(const char* op, bool vote, const char* file, int line);
+void cluster_barrier(const char* file, int line);
+void fence(const char* file, int line);
 void atomic_access(const void* address);
-void programmatic_wait();
+void programmatic_wait(const char* file, int line);
+bool left_out(const char* file, int line);
+
+// What dynamic and static shared memory of a block can be together.
+size_t max_shared_bytes();
+
+// A thread reads the launch's arguments before this; the sanitizers are to see what comes after.
+void arguments_are_read();
 
 // What a lane gives to the others of its warp: 8 bytes for a shuffle, a whole fragment for an mma.
 struct Lane {
@@ -100,7 +110,7 @@ const T* observed(const T* object) {
 void mbarrier_init(const void* barrier);
 void mbarrier_expect(const void* barrier, unsigned bytes);
 void mbarrier_complete(const void* remote_barrier, unsigned bytes);
-void mbarrier_wait(const void* barrier, unsigned parity, int line);
+void mbarrier_wait(const void* barrier, unsigned parity, const char* file, int line);
 
 struct AsyncCopy {
     void* target;
@@ -182,22 +192,26 @@ using Same = std::common_type_t<T>;
 
 }  // namespace emulation
 
+// Where a function is called.
 #define HVP_LINE int line = __builtin_LINE()
+#define HVP_PLACE const char *file = __builtin_FILE(), int line = __builtin_LINE()
 
-inline void __syncthreads(HVP_LINE) { emulation::block_barrier("__syncthreads", false, line); }
-inline int __syncthreads_count(int predicate, HVP_LINE) {
-    return emulation::block_barrier("__syncthreads_count", predicate, line).in_favour;
+inline void __syncthreads(HVP_PLACE) { emulation::block_barrier("__syncthreads", false, file, line); }
+inline int __syncthreads_count(int predicate, HVP_PLACE) {
+    return emulation::block_barrier("__syncthreads_count", predicate, file, line).in_favour;
 }
-inline int __syncthreads_or(int predicate, HVP_LINE) {
-    return emulation::block_barrier("__syncthreads_or", predicate, line).in_favour > 0;
+inline int __syncthreads_or(int predicate, HVP_PLACE) {
+    return emulation::block_barrier("__syncthreads_or", predicate, file, line).in_favour > 0;
 }
-inline int __syncthreads_and(int predicate, HVP_LINE) {
-    const auto votes = emulation::block_barrier("__syncthreads_and", predicate, line);
+inline int __syncthreads_and(int predicate, HVP_PLACE) {
+    const auto votes = emulation::block_barrier("__syncthreads_and", predicate, file, line);
     return votes.in_favour == votes.total;
 }
 
 // The only warp function that orders memory; shuffles, votes and reductions do not.
-inline void __syncwarp(unsigned mask = ~0u, HVP_LINE) { emulation::exchange(mask, {}, "__syncwarp", line, true); }
+inline void __syncwarp(unsigned mask = ~0u, HVP_PLACE) {
+    if (!emulation::left_out(file, line)) emulation::exchange(mask, {}, "__syncwarp", line, true);
+}
 inline unsigned __activemask() {
     emulation::fail("__activemask depends on the scheduling of the warp: pass the mask along");
 }
@@ -277,8 +291,8 @@ T atomicCAS(T* address, emulation::Same<T> expected, emulation::Same<T> value) {
     return emulation::atomic(address, [&](T old) { return old == expected ? value : old; });
 }
 
-inline void __threadfence() { emulation::fence(); }
-inline void __threadfence_block() { emulation::fence(); }
+inline void __threadfence(HVP_PLACE) { emulation::fence(file, line); }
+inline void __threadfence_block(HVP_PLACE) { emulation::fence(file, line); }
 
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
@@ -306,14 +320,15 @@ template <class T>
 T __ldg(const T* address) {
     return *address;
 }
+template <class T>
+T __ldcg(const T* address) {
+    return *address;
+}
 using std::max;
 using std::min;
 
 // The runtime calls that launchers make. A stream is an ordinary argument: work runs at the launch.
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline cudaError_t cudaMemsetAsync(void* target, int value, size_t bytes, cudaStream_t) {
-    std::memset(target, value, bytes);
-    return cudaSuccess;
-}
+cudaError_t cudaMemsetAsync(void* target, int value, size_t bytes, cudaStream_t);
 const char* cudaGetErrorName(cudaError_t error);
 const char* cudaGetErrorString(cudaError_t error);

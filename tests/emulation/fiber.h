@@ -24,6 +24,8 @@ __attribute__((weak)) void* __tsan_get_current_fiber();
 __attribute__((weak)) void __tsan_switch_to_fiber(void*, unsigned);
 __attribute__((weak)) void __tsan_acquire(void*);
 __attribute__((weak)) void __tsan_release(void*);
+__attribute__((weak)) void AnnotateIgnoreReadsBegin(const char*, int);
+__attribute__((weak)) void AnnotateIgnoreReadsEnd(const char*, int);
 }
 
 namespace emulation {
@@ -36,11 +38,26 @@ inline void release(const void* token) {
     if (__tsan_release) __tsan_release(const_cast<void*>(token));
 }
 
+// Whether TSan is to look away from what this thread reads and writes.
+inline void ignore_accesses(bool ignore) {
+    const auto annotate = ignore ? AnnotateIgnoreReadsBegin : AnnotateIgnoreReadsEnd;
+    if (annotate) annotate(__FILE__, __LINE__);
+}
+
 // One identity in TSan's eyes. Switching orders nothing by itself.
 class TsanThread {
  public:
     static TsanThread current() { return TsanThread(__tsan_get_current_fiber ? __tsan_get_current_fiber() : nullptr); }
-    static TsanThread create() { return TsanThread(__tsan_create_fiber ? __tsan_create_fiber(0) : nullptr); }
+    // One that knows nothing of what happened since the first was made: TSan orders a thread after its creator.
+    static TsanThread create() {
+        if (!__tsan_create_fiber) return TsanThread(nullptr);
+        static const TsanThread origin(__tsan_create_fiber(0));
+        const TsanThread caller = current();
+        origin.become();
+        const TsanThread created(__tsan_create_fiber(0));
+        caller.become();
+        return created;
+    }
     void become() const {
         constexpr unsigned kNoSync = 1;
         if (__tsan_switch_to_fiber) __tsan_switch_to_fiber(handle_, kNoSync);

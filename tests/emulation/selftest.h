@@ -93,6 +93,7 @@ enum class Bug {
     kMissingExchangeWait,
     kUnknownRank,
     kMissingProgrammaticWait,
+    kLateProgrammaticWait,
     kTooManyThreads,
 };
 

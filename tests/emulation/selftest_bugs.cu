@@ -72,6 +72,10 @@ __global__ void bug_kernel(BugArgs args) {
         case Bug::kUnknownRank:
             result = *cluster_map(&s_values[thread], cluster_size());
             break;
+        case Bug::kLateProgrammaticWait:
+            result = args.out[thread];  // the previous launch may still write it
+            programmatic_wait();
+            break;
         default:
             break;
     }
@@ -83,7 +87,8 @@ __global__ void bug_kernel(BugArgs args) {
 void bug_cuda(const BugArgs& args, cudaStream_t stream) {
     LaunchConfig config{dim3(2), dim3(kThreads), kThreads * sizeof(int), stream};
     config.cluster = args.bug == Bug::kRaceBetweenBlocks ? 1 : 2;
-    config.dependent = args.bug == Bug::kMissingProgrammaticWait;
+    config.dependent = args.bug == Bug::kMissingProgrammaticWait || args.bug == Bug::kLateProgrammaticWait;
+    if (config.dependent) bug_cuda({args.in, args.out, Bug::kNone}, stream);
     if (args.bug == Bug::kTooManyThreads) config.block.x = 2048;
     HVP_LAUNCH("bug", config, bug_kernel, args);
 }
