@@ -355,11 +355,11 @@ def test_index_out_of_range_reads_nothing(backend):
 @pytest.mark.parametrize("backend", DEVICES[:1], ids=str)
 def test_sizes_beyond_a_gpu_are_refused(backend):
     scores = torch.rand(1, 512 * 512, device=backend.device)  # more than the shared memory of a block holds
-    with pytest.raises((ValueError, RuntimeError), match="^hierarchical_select: "):
+    with pytest.raises((ValueError, RuntimeError), match=r"^hierarchical_select: "):
         backend.call("hierarchical_select", (scores,), {})
     assert works(backend)
     queries = torch.zeros(1, 1, 9, 300, device=backend.device)
-    with pytest.raises(ValueError, match="^attention_importance: queries must be at most 256 wide on a GPU, got 300$"):
+    with pytest.raises(ValueError, match=r"^attention_importance: queries must be at most 256 wide"):
         backend.call("attention_importance", (queries, queries), {})
     assert works(backend)
 
