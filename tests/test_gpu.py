@@ -139,7 +139,7 @@ def test_does_not_wait_for_the_device(op, backend):
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")  # torch's own waits raise; those of others show in the event
         try:
-            torch.cuda._sleep(200_000_000)  # cycles, about 100 ms
+            torch.cuda._sleep(400_000_000)  # cycles, about 200 ms
             backend.call(op, *given)
             done.record()
             assert not done.query(), str(case)

@@ -37,6 +37,7 @@ def test_records_every_step(check, capfd):
     assert check.step("good", 60, ["echo", "all is well"])
     assert check.step("clean", 60, ["printf", "SUMMARY: 0 errors\nbye\n"], passed="SUMMARY: 0 errors")
     assert check.step("told", 60, ["sh", "-c", "echo $COLOUR"], passed="^blue", COLOUR="blue")
+    assert check.step("silent", 60, ["true"])
     check.record("absent", "not run", 0, "no such tool")
     assert check.summarise(["a header"]) == 0
     assert not check.step("bad", 60, ["sh", "-c", "echo why; exit 3"])
@@ -45,7 +46,8 @@ def test_records_every_step(check, capfd):
     assert check.summarise(["a header"]) == 1
     rows = [line.split() for line in (check.results / "summary.txt").read_text().splitlines()[2:]]
     assert [(row[0], row[1]) for row in rows] == [
-        ("good", "passed"), ("clean", "passed"), ("told", "passed"), ("absent", "not"),
+        ("good", "passed"), ("clean", "passed"), ("told", "passed"), ("silent", "passed"),
+        ("absent", "not"),
         ("bad", "FAILED"), ("dirty", "FAILED"), ("missing", "FAILED"),
     ]  # fmt: skip
     assert rows[0][-3:] == ["all", "is", "well"] and rows[1][-1] == "errors"
