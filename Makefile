@@ -4,7 +4,7 @@ PYTHON ?= python3
 PHOTO ?= examples/chelsea.jpg
 BIN := .venv/bin
 
-.PHONY: demo test test-oldest lint format bench bench-report clean
+.PHONY: demo test test-oldest gpu-check lint format bench bench-report clean
 
 demo: .venv/installed
 	$(BIN)/hvprune info
@@ -16,6 +16,10 @@ test: .venv/installed-test
 # The oldest transformers that attach supports, in an environment of its own.
 test-oldest: .venv-oldest/installed
 	.venv-oldest/bin/python -m pytest tests/test_attach.py tests/test_attach_next.py
+
+# On a machine with an NVIDIA GPU, with the packages that $(PYTHON) has there.
+gpu-check:
+	$(PYTHON) tests/gpu_check.py
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .

@@ -8,7 +8,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from hvprune import ops
 from hvprune._registry import OPS
-from hvprune.testing import CASES, assert_same_bits, map_tensors
+from hvprune.testing import CASES, Backend, assert_same_bits, map_tensors
+
+BACKENDS = [Backend("cpu", "cpu"), Backend("cuda", "cuda"), Backend("triton", "cuda")]
 
 
 def few(op: str) -> list:
@@ -23,33 +25,36 @@ def fresh_compiler():
     yield
 
 
-def schema_arguments(op: str, args: tuple, kwargs: dict) -> tuple:
+def schema_arguments(op: str, args: tuple, kwargs: dict, backend: Backend) -> tuple:
     """The arguments with which the public function calls its torch op."""
     seen = []
     original = OPS[op].run
     OPS[op].run = lambda *inputs: seen.append(inputs) or original(*inputs)
     try:
-        getattr(ops, op)(*args, **kwargs)
+        backend.call(op, args, kwargs)
     finally:
         OPS[op].run = original
     return seen[0]
 
 
 @pytest.mark.parametrize("op", sorted(OPS))
+@pytest.mark.parametrize("backend", BACKENDS, ids=str)
 @pytest.mark.parametrize("grad", [False, True], ids=["plain", "requires_grad"])
-def test_opcheck(op, grad):
+def test_opcheck(op, backend, grad):
     for case in few(op):
-        args, kwargs = case.inputs(torch.float32)
-        arguments = schema_arguments(op, args, kwargs)
+        args, kwargs = case.inputs(torch.float32, backend.device)
+        arguments = schema_arguments(op, args, kwargs, backend)
         arguments = map_tensors(arguments, lambda x: x.clone().requires_grad_(grad and x.is_floating_point()))
         torch.library.opcheck(getattr(torch.ops.hvprune, op).default, arguments)  # all four utilities
 
 
 @pytest.mark.parametrize("op", sorted(OPS))
+@pytest.mark.parametrize("backend", BACKENDS, ids=str)
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-def test_compile_fullgraph(op, dynamic):
+def test_compile_fullgraph(op, backend, dynamic):
     for case in few(op):
-        args, kwargs = case.inputs(torch.float32)
+        args, kwargs = case.inputs(torch.float32, backend.device)
+        kwargs["backend"] = backend.name
         torch.compiler.reset()
         compiled = torch.compile(getattr(ops, op), fullgraph=True, dynamic=dynamic, backend="aot_eager")
         assert_same_bits(compiled(*args, **kwargs), getattr(ops, op)(*args, **kwargs), str(case))
@@ -75,14 +80,15 @@ def test_one_graph_for_every_batch():
     assert len(set(compiled)) == 1
 
 
-def test_inductor_runs_the_ops():
-    @torch.compile(fullgraph=True)
+@pytest.mark.parametrize("backend", BACKENDS, ids=str)
+def test_inductor_runs_the_ops(backend):
     def prune(features, importance):
-        return ops.gather_tokens(features, ops.vispruner_select(features, importance, 5))
+        selection = ops.vispruner_select(features, importance, 5, backend=backend.name)
+        return ops.gather_tokens(features, selection, backend=backend.name)
 
-    features, importance = torch.randn(2, 16, 4), torch.rand(2, 16)
-    expected = ops.gather_tokens(features, ops.vispruner_select(features, importance, 5))
-    assert_same_bits(prune(features, importance), expected)
+    features, importance = torch.randn(2, 16, 4).to(backend.device), torch.rand(2, 16).to(backend.device)
+    compiled = torch.compile(prune, fullgraph=True)
+    assert_same_bits(compiled(features, importance), prune(features, importance))
 
 
 def test_export():

@@ -30,8 +30,9 @@ class Case:
     def __str__(self) -> str:
         return self.name
 
-    def inputs(self, dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[tuple, dict]:
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.op} {self.name}".encode()))
+    def inputs(self, dtype: torch.dtype = torch.float32, device: str = "cpu", variant: int = 0) -> tuple[tuple, dict]:
+        """Other variants have other random numbers in the same shapes."""
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{self.op} {self.name}".encode()) + variant)
         args, kwargs = self.make(generator, dtype)
         return map_tensors(args, lambda x: x.to(device)), map_tensors(kwargs, lambda x: x.to(device))
 
