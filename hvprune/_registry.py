@@ -19,7 +19,7 @@ from torch.compiler import is_compiling
 from . import _native
 
 BACKENDS = ("cuda", "triton", "cpu", "reference")
-OLDEST_TRITON = (3, 4)  # torch 2.8 has it; those before lack what the kernels and their launchers use
+OLDEST_TRITON = (3, 6)
 AUTO_ORDER = {"cuda": ("cuda", "triton", "reference"), "cpu": ("cpu", "reference")}
 _PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
 
@@ -43,7 +43,7 @@ DEFAULT_BACKEND = _read_default_backend()
 
 
 def from_triton(op: str) -> Callable:
-    """The launcher ``hvprune.triton_kernels.<op>.<op>``; Triton is imported at its first call."""
+    """The launcher ``hvprune.triton_kernels.<op>.<op>``; its module is imported at the first call."""
 
     @cache
     def launcher() -> Callable:
@@ -63,20 +63,23 @@ def why_unavailable(backend: str) -> str | None:
     return None
 
 
-def _triton_interprets() -> bool:
+def triton_interprets() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def _why_no_triton() -> str | None:
     if find_spec("triton") is None:
         return "triton is not installed"
-    if not torch.cuda.is_available() and not _triton_interprets():
+    if not torch.cuda.is_available() and not triton_interprets():
         return "torch sees no GPU (TRITON_INTERPRET=1 interprets the kernels on a CPU, slowly)"
-    if _triton_interprets() and find_spec("numpy") is None:
+    if triton_interprets() and find_spec("numpy") is None:
         return "Triton's interpreter needs NumPy, which is not installed"  # `import triton` fails without it
-    installed = import_module("triton").__version__
-    if tuple(map(int, installed.split(".")[:2])) < OLDEST_TRITON:
-        return f"triton must be {OLDEST_TRITON[0]}.{OLDEST_TRITON[1]} or newer, got {installed}"
+    try:
+        found = import_module("triton").__version__
+    except ImportError as error:
+        return f"triton could not be imported: {error}"
+    if tuple(map(int, found.split(".")[:2])) < OLDEST_TRITON:
+        return f"triton must be {'.'.join(map(str, OLDEST_TRITON))} or newer, got {found}"
     return None
 
 
@@ -141,7 +144,7 @@ class Op:
         """Why this op cannot run on that backend with tensors of that device, None if it can."""
         if backend not in self.backends:
             return f"this version of hvprune has no {backend} kernels"
-        takes = "cuda" if backend == "triton" and not _triton_interprets() else backend
+        takes = "cuda" if backend == "triton" and not triton_interprets() else backend
         if takes in ("cpu", "cuda") and takes != device_type:
             return f"it takes {takes} tensors, got {device_type} tensors"
         return why_unavailable(backend)

@@ -10,7 +10,7 @@ import torch
 import hvprune
 
 from . import _native
-from ._registry import AUTO_ORDER, BACKENDS, DEFAULT_BACKEND, OPS, why_unavailable
+from ._registry import AUTO_ORDER, BACKENDS, DEFAULT_BACKEND, OPS, triton_interprets, why_unavailable
 
 
 def report() -> str:
@@ -71,6 +71,8 @@ def _availability(backend: str) -> str:
         reason = op.why_unavailable(backend, device)
         if reason is not None:
             missing.setdefault(reason, []).append(name)
+    if not missing and backend == "triton" and triton_interprets():
+        return "available, interpreted on a CPU (TRITON_INTERPRET=1)"
     if not missing:
         return "available"
     if [len(names) for names in missing.values()] == [len(OPS)]:

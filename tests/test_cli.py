@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import hvprune
 from hvprune import _native, info
@@ -118,6 +119,21 @@ def test_info_without_the_extension(monkeypatch):
     assert report["CUDA archs"].strip() == "none compiled in"
     assert report["backend cpu"].strip() == "unavailable: hvprune._C could not be imported: it is gone"
     assert "reference for cpu tensors" in report["backend auto"]
+
+
+def test_info_says_why_triton_does_not_run(monkeypatch):
+    def triton():
+        return values(info.report())["backend triton"].strip()
+
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert triton() == "available, interpreted on a CPU (TRITON_INTERPRET=1)"
+    monkeypatch.setattr("triton.__version__", "3.5.1")
+    assert triton() == "unavailable: triton must be 3.6 or newer, got 3.5.1"
+    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert triton() == "unavailable: torch sees no GPU (TRITON_INTERPRET=1 interprets the kernels on a CPU, slowly)"
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert triton() == "unavailable: triton is not installed"
 
 
 def test_info_lists_the_archs(monkeypatch):

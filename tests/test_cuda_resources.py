@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import re
 import shutil
 import subprocess
@@ -12,10 +11,9 @@ from pathlib import Path
 import pytest
 
 from hvprune import _native
+from resource_table import record
 
 ROOT = Path(__file__).parent.parent
-TABLE = ROOT / "build" / "cuda_resources.csv"
-COLUMNS = ("arch", "kernel", "registers", "shared", "stack", "local")
 
 pytestmark = pytest.mark.skipif(not _native.C.cuda_archs, reason="hvprune._C was built without CUDA")
 
@@ -29,7 +27,7 @@ def cuobjdump() -> str:
 
 @pytest.fixture(scope="module")
 def usage() -> list[dict]:
-    """One row per arch and kernel, also written to build/cuda_resources.csv."""
+    """One row per arch and kernel, also in build/kernel_resources.csv."""
     command = [cuobjdump(), "-res-usage", _native.C.__file__]
     dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     names = subprocess.run(["c++filt"], input=dump, capture_output=True, text=True, check=True).stdout
@@ -41,13 +39,10 @@ def usage() -> list[dict]:
             numbers = dict(re.findall(r"(\w+):(\d+)", following))
             kernel = re.sub(r"\(anonymous namespace\)::|\b\w+::", "", found.group(1))
             kernel = re.sub(r"\([^()]*\)$", "", kernel)
-            values = (arch, kernel, *(int(numbers[key]) for key in ("REG", "SHARED", "STACK", "LOCAL")))
-            rows.append(dict(zip(COLUMNS, values, strict=True)))
-    TABLE.parent.mkdir(exist_ok=True)
-    with TABLE.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(sorted(rows, key=lambda row: (row["kernel"], row["arch"])))
+            names = {"registers": "REG", "shared": "SHARED", "stack": "STACK", "local": "LOCAL"}
+            usage = {column: int(numbers[name]) for column, name in names.items()}
+            rows.append({"arch": arch, "kernel": kernel, **usage})
+    record("cuda", rows)
     return rows
 
 

@@ -62,10 +62,10 @@ def test_backend_of_another_device(backend, device):
     [
         ("1", "triton", "3.7.1", "triton is not installed"),
         ("1", "numpy", "3.7.1", "Triton's interpreter needs NumPy, which is not installed"),
-        ("1", None, "3.3.1", "triton must be 3.4 or newer, got 3.3.1"),
+        ("1", None, "3.3.1", "triton must be 3.6 or newer, got 3.3.1"),
         ("1", None, "3.10.0+git1a2b3c", None),
-        ("0", None, "3.2.0", "triton must be 3.4 or newer, got 3.2.0"),
-        ("0", "numpy", "3.4.0", None),
+        ("0", None, "3.2.0", "triton must be 3.6 or newer, got 3.2.0"),
+        ("0", "numpy", "3.6.0", None),
     ],
 )
 def test_triton_that_cannot_run_is_named(interpret, missing, version, reason, monkeypatch):

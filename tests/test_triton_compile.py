@@ -1,4 +1,4 @@
-"""Every Triton kernel compiles for GPUs that are not here, and keeps its values in registers."""
+"""Every Triton kernel compiles and is launched for GPUs that are not here, and keeps its values in registers."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("triton")
 
 from hvprune import ops
+from resource_table import record
 
 SCRIPT = Path(__file__).with_name("triton_compile.py")
 # Compiled by two processes at once.
@@ -33,6 +34,9 @@ def table(tmp_path_factory):
         output, errors = process.communicate()
         assert process.returncode == 0, errors
         rows += csv.DictReader(output.splitlines())
+    usage = ("registers", "shared", "stack", "local")
+    names = ({"arch": row["target"], "kernel": f"{row['kernel']}<{row['case']}>"} for row in rows)
+    record("triton", [name | {key: row[key] for key in usage} for name, row in zip(names, rows, strict=True)])
     return rows
 
 

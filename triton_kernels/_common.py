@@ -1,4 +1,4 @@
-"""Device functions shared by the Triton kernels."""
+"""What the Triton kernels and their launchers share."""
 
 from __future__ import annotations
 
@@ -10,6 +10,16 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 # Keys of a NaN, which ranks below -inf, and of an element that does not take part at all.
 NAN_KEY = tl.constexpr(-(2**31) + 1)
 NO_KEY = tl.constexpr(-(2**31))
+
+
+# Triton's own functions of these names take microseconds, because they serve kernels too.
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The lowest power of two that is at least n, which is at least 1."""
+    return 1 << (n - 1).bit_length()
 
 
 @triton.jit
@@ -31,8 +41,11 @@ def dot(a, b, total):
 
 
 @triton.jit
-def pick_layer(layers, layer):
-    """Entry ``layer`` of a tuple of (pointer, stride, stride, stride), ``layer`` known at run time only."""
+def pick_layer(layers, layer, ALIGN: tl.constexpr = 1):
+    """Entry ``layer`` of a tuple of (pointer, stride, stride, stride), ``layer`` known at run time only.
+
+    Every stride is a multiple of ALIGN; Triton itself finds out about multiples of 16 alone.
+    """
     pointer = layers[0][0]
     stride_0 = tl.full([], layers[0][1], tl.int64)
     stride_1 = tl.full([], layers[0][2], tl.int64)
@@ -43,6 +56,9 @@ def pick_layer(layers, layer):
         stride_0 = tl.where(here, layers[i][1], stride_0)
         stride_1 = tl.where(here, layers[i][2], stride_1)
         stride_2 = tl.where(here, layers[i][3], stride_2)
+    stride_0 = tl.multiple_of(stride_0, ALIGN)
+    stride_1 = tl.multiple_of(stride_1, ALIGN)
+    stride_2 = tl.multiple_of(stride_2, ALIGN)
     return pointer, stride_0, stride_1, stride_2
 
 

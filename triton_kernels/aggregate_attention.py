@@ -18,7 +18,7 @@ import triton.language as tl
 
 from .._native import rows as contiguous_rows
 from ..ops.aggregate_attention import _out
-from ._common import pick_layer
+from ._common import cdiv, pick_layer
 
 SUM_BLOCK_ROWS, SUM_BLOCK_COLS, SUM_NUM_WARPS = 64, 128, 4
 MEAN_BLOCK_ROWS, MEAN_BLOCK_COLS, MEAN_NUM_WARPS = 128, 16, 8
@@ -75,7 +75,7 @@ def _mean_rows_kernel(
 def mean_rows(layers, out, first_column, num_rows, divisor):
     """Average rows of equal weight into ``out`` (B, N); ``layers`` holds (tensor, stride of b, stride of a row)."""
     batch, total = out.shape
-    _mean_rows_kernel[(batch, triton.cdiv(total, MEAN_BLOCK_COLS))](
+    _mean_rows_kernel[(batch, cdiv(total, MEAN_BLOCK_COLS))](
         layers,
         out,
         first_column,
@@ -102,9 +102,9 @@ def aggregate_attention(attentions, num_prefix_tokens, rows):
             layers = tuple((layer, *layer.stride()[:2]) for layer in attentions)
             mean_rows(layers, out, num_prefix_tokens, heads, maps)
         else:
-            parts = maps * triton.cdiv(length, SUM_BLOCK_ROWS)
+            parts = maps * cdiv(length, SUM_BLOCK_ROWS)
             partial = out.new_empty((batch, parts, total))
-            _sum_rows_kernel[(batch * parts, triton.cdiv(total, SUM_BLOCK_COLS))](
+            _sum_rows_kernel[(batch * parts, cdiv(total, SUM_BLOCK_COLS))](
                 tuple((layer, *layer.stride()[:3]) for layer in attentions),
                 partial,
                 heads,

@@ -15,13 +15,15 @@
 
 from __future__ import annotations
 
+from math import gcd
+
 import torch
 import triton
 import triton.language as tl
 
 from .._native import rows as contiguous_rows
 from ..ops.attention_importance import _out
-from ._common import dot, pick_layer
+from ._common import cdiv, dot, next_power_of_2, pick_layer
 from .aggregate_attention import mean_rows
 
 SINGLE_PASS_MAX = 1024  # keys whose scores fit in registers, of half inputs
@@ -29,48 +31,51 @@ SINGLE_PASS_MAX = 1024  # keys whose scores fit in registers, of half inputs
 SINGLE_PASS = (32, 128, 8)
 TWO_PASS = (64, 64, 8)
 SINGLE_PASS_MAX_D = 128
-MAX_STEP_D = 64  # dimensions multiplied at once
+STEP_D = 64  # dimensions multiplied at once, as many as one row of a swizzled operand holds
 FLOAT32_STEP_D = 16  # a product without tensor cores holds its whole operands in registers
+MIN_STEP_D = 16  # what tl.dot takes
 CLS_BLOCK_K, CLS_NUM_WARPS = 64, 4
 CLS_MEAN_TILE, CLS_MEAN_NUM_WARPS = 8192, 8  # elements held at once
 
 
 @triton.jit
-def _find_tile(queries, keys, part, H, tiles):
+def _find_tile(queries, keys, part, H, tiles, ALIGN: tl.constexpr):
     """Q, its row stride, K, its row stride and the first row of one of B * layers * H * tiles parts."""
     tile = part % tiles
     h = part // tiles % H
     layer = part // (tiles * H) % len(queries)
     b = part // (tiles * H * len(queries))
-    query_ptr, query_stride_b, query_stride_h, query_stride_i = pick_layer(queries, layer)
-    key_ptr, key_stride_b, key_stride_h, key_stride_j = pick_layer(keys, layer)
+    query_ptr, query_stride_b, query_stride_h, query_stride_i = pick_layer(queries, layer, ALIGN)
+    key_ptr, key_stride_b, key_stride_h, key_stride_j = pick_layer(keys, layer, ALIGN)
     query_ptr += b * query_stride_b + h * query_stride_h
     key_ptr += b * key_stride_b + h * key_stride_h
     return query_ptr, query_stride_i, key_ptr, key_stride_j, b, layer, h, tile
 
 
 @triton.jit
-def _load_rows(ptr, stride, row, L, D, d):
+def _load_rows(ptr, stride, row, L, d, D: tl.constexpr):
     """[len(row), len(d)]; rows past the end repeat the last one, so that nothing but real values is multiplied."""
     row = tl.minimum(row, L - 1).to(tl.int64)[:, None]
     return tl.load(ptr + row * stride + d[None, :], mask=d[None, :] < D, other=0.0)
 
 
 @triton.jit
-def _load_queries(ptr, stride, row, L, D, STEPS_D: tl.constexpr, STEP_D: tl.constexpr):
-    """A tuple of [len(row), STEP_D]."""
+def _load_queries(ptr, stride, row, L, D: tl.constexpr, STEP_D: tl.constexpr, LAST_D: tl.constexpr):
+    """A tuple of [len(row), STEP_D], and of [len(row), LAST_D] for what is left of D."""
     queries = ()
-    for i in tl.static_range(STEPS_D):
-        queries += (_load_rows(ptr, stride, row, L, D, i * STEP_D + tl.arange(0, STEP_D)),)
+    for i in tl.static_range(D // STEP_D):
+        queries += (_load_rows(ptr, stride, row, L, i * STEP_D + tl.arange(0, STEP_D), D),)
+    if LAST_D > 0:
+        queries += (_load_rows(ptr, stride, row, L, D // STEP_D * STEP_D + tl.arange(0, LAST_D), D),)
     return queries
 
 
 @triton.jit
-def _score(queries, key_ptr, key_stride, key, L, D, scale, BLOCK_Q: tl.constexpr, STEP_D: tl.constexpr):
+def _score(queries, key_ptr, key_stride, key, L, scale, D: tl.constexpr, BLOCK_Q: tl.constexpr, STEP_D: tl.constexpr):
     """scale * K Q^T, [len(key), BLOCK_Q]: with the keys first, the sums over rows need few exchanges."""
     score = tl.zeros([key.shape[0], BLOCK_Q], tl.float32)
     for i in tl.static_range(len(queries)):
-        keys = _load_rows(key_ptr, key_stride, key, L, D, i * STEP_D + tl.arange(0, STEP_D))
+        keys = _load_rows(key_ptr, key_stride, key, L, i * STEP_D + tl.arange(0, queries[i].shape[1]), D)
         score = dot(keys, tl.trans(queries[i]), score)
     return score * scale
 
@@ -83,27 +88,28 @@ def _single_pass_kernel(
     H,
     L,
     N,
-    D,
     scale,
+    D: tl.constexpr,
+    ALIGN: tl.constexpr,  # divides D and every stride
     KEY_TILES: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    STEPS_D: tl.constexpr,
     STEP_D: tl.constexpr,
+    LAST_D: tl.constexpr,
 ):
     part = tl.program_id(0).to(tl.int64)
     query_ptr, query_stride, key_ptr, key_stride, _, _, _, tile = _find_tile(
-        queries, keys, part, H, tl.cdiv(L, BLOCK_Q)
+        queries, keys, part, H, tl.cdiv(L, BLOCK_Q), ALIGN
     )
     row = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    query = _load_queries(query_ptr, query_stride, row, L, D, STEPS_D, STEP_D)
+    query = _load_queries(query_ptr, query_stride, row, L, D, STEP_D, LAST_D)
 
     # Score every key.
     scores = ()
     highest = tl.full([BLOCK_K, BLOCK_Q], float("-inf"), tl.float32)
     for i in tl.static_range(KEY_TILES):
         key = i * BLOCK_K + tl.arange(0, BLOCK_K)
-        score = _score(query, key_ptr, key_stride, key, L, D, scale, BLOCK_Q, STEP_D)
+        score = _score(query, key_ptr, key_stride, key, L, scale, D, BLOCK_Q, STEP_D)
         if i == KEY_TILES - 1:
             score = tl.where(key[:, None] < L, score, float("-inf"))
         highest = tl.maximum(highest, score)
@@ -135,20 +141,21 @@ def _two_pass_kernel(
     H,
     L,
     N,
-    D,
     scale,
+    D: tl.constexpr,
+    ALIGN: tl.constexpr,  # divides D and every stride
     HAS_LOGSUMEXP: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    STEPS_D: tl.constexpr,
     STEP_D: tl.constexpr,
+    LAST_D: tl.constexpr,
 ):
     part = tl.program_id(0).to(tl.int64)
     query_ptr, query_stride, key_ptr, key_stride, b, layer, h, tile = _find_tile(
-        queries, keys, part, H, tl.cdiv(L, BLOCK_Q)
+        queries, keys, part, H, tl.cdiv(L, BLOCK_Q), ALIGN
     )
     row = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    query = _load_queries(query_ptr, query_stride, row, L, D, STEPS_D, STEP_D)
+    query = _load_queries(query_ptr, query_stride, row, L, D, STEP_D, LAST_D)
 
     # Find what to subtract from the scores of each row, and the share of each exponential.
     if HAS_LOGSUMEXP:
@@ -161,7 +168,7 @@ def _two_pass_kernel(
         total = tl.zeros([BLOCK_Q], tl.float32)
         for start in range(0, L, BLOCK_K):
             key = start + tl.arange(0, BLOCK_K)
-            score = _score(query, key_ptr, key_stride, key, L, D, scale, BLOCK_Q, STEP_D)
+            score = _score(query, key_ptr, key_stride, key, L, scale, D, BLOCK_Q, STEP_D)
             score = tl.where(key[:, None] < L, score, float("-inf"))
             higher = tl.maximum(highest, tl.max(score, 0))
             base = tl.where(higher == float("-inf"), 0.0, higher)  # every score so far may be -inf
@@ -172,7 +179,7 @@ def _two_pass_kernel(
     # Exponentiate, normalise and sum the columns.
     for start in range(0, L, BLOCK_K):
         key = start + tl.arange(0, BLOCK_K)
-        score = _score(query, key_ptr, key_stride, key, L, D, scale, BLOCK_Q, STEP_D)
+        score = _score(query, key_ptr, key_stride, key, L, scale, D, BLOCK_Q, STEP_D)
         received = tl.sum(tl.exp(score - highest[None, :]) * share[None, :], 1)
         column = key - (L - N)
         tl.store(partial_ptr + part * N + column, received, mask=(column >= 0) & (column < N))
@@ -186,19 +193,20 @@ def _cls_scores_kernel(
     scores_ptr,  # [B, layers, H, L] float32: less logsumexp, if there is one
     H,
     L,
-    D,
     scale,
+    D: tl.constexpr,
+    ALIGN: tl.constexpr,  # divides D and every stride
     HAS_LOGSUMEXP: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     part = tl.program_id(0).to(tl.int64)
     tiles = tl.cdiv(L, BLOCK_K)
-    query_ptr, _, key_ptr, key_stride, b, layer, h, tile = _find_tile(queries, keys, part, H, tiles)
+    query_ptr, _, key_ptr, key_stride, b, layer, h, tile = _find_tile(queries, keys, part, H, tiles, ALIGN)
     key = tile * BLOCK_K + tl.arange(0, BLOCK_K)
     d = tl.arange(0, BLOCK_D)
     query = tl.load(query_ptr + d, mask=d < D, other=0.0).to(tl.float32)
-    product = _load_rows(key_ptr, key_stride, key, L, D, d).to(tl.float32) * query[None, :]
+    product = _load_rows(key_ptr, key_stride, key, L, d, D).to(tl.float32) * query[None, :]
     score = tl.sum(product, 1) * scale
     if HAS_LOGSUMEXP:
         normaliser_ptr, stride_b, stride_h, _ = pick_layer(logsumexp, layer)
@@ -248,27 +256,29 @@ def attention_importance(queries, keys, num_prefix_tokens, rows, scale, logsumex
     scale = dim**-0.5 if scale is None else float(scale)
     query_layers = tuple((layer, *layer.stride()[:3]) for layer in queries)
     key_layers = tuple((layer, *layer.stride()[:3]) for layer in keys)
+    align = gcd(16, dim, *(stride for layer in query_layers + key_layers for stride in layer[1:]))
     normalisers = query_layers  # not read
     if logsumexp is not None:
         normalisers = tuple((layer, *layer.stride()) for layer in logsumexp)
     with torch.cuda.device_of(out):
         if rows == "cls":
             scores = out.new_empty((batch, maps, length))
-            _cls_scores_kernel[(batch * maps * triton.cdiv(length, CLS_BLOCK_K),)](
+            _cls_scores_kernel[(batch * maps * cdiv(length, CLS_BLOCK_K),)](
                 query_layers,
                 key_layers,
                 normalisers,
                 scores,
                 heads,
                 length,
-                dim,
                 scale,
+                D=dim,
+                ALIGN=align,
                 HAS_LOGSUMEXP=logsumexp is not None,
                 BLOCK_K=CLS_BLOCK_K,
-                BLOCK_D=triton.next_power_of_2(dim),
+                BLOCK_D=next_power_of_2(dim),
                 num_warps=CLS_NUM_WARPS,
             )
-            block_l = triton.next_power_of_2(length)
+            block_l = next_power_of_2(length)
             _cls_mean_kernel[(batch,)](
                 scores,
                 out,
@@ -283,12 +293,12 @@ def attention_importance(queries, keys, num_prefix_tokens, rows, scale, logsumex
             return out
 
         is_float32 = queries[0].dtype == torch.float32
-        padded_dim = triton.cdiv(dim, 16) * 16
-        step_d = min(padded_dim & -padded_dim, FLOAT32_STEP_D if is_float32 else MAX_STEP_D)
+        step_d = FLOAT32_STEP_D if is_float32 else STEP_D
+        last_d = next_power_of_2(max(dim % step_d, MIN_STEP_D)) if dim % step_d else 0
         fits = length <= SINGLE_PASS_MAX and dim <= SINGLE_PASS_MAX_D and not is_float32
         single_pass = fits and logsumexp is None
         block_q, block_k, num_warps = SINGLE_PASS if single_pass else TWO_PASS
-        parts = maps * triton.cdiv(length, block_q)
+        parts = maps * cdiv(length, block_q)
         partial = out.new_empty((batch, parts, total))
         if single_pass:
             _single_pass_kernel[(batch * parts,)](
@@ -298,13 +308,14 @@ def attention_importance(queries, keys, num_prefix_tokens, rows, scale, logsumex
                 heads,
                 length,
                 total,
-                dim,
                 scale,
-                KEY_TILES=triton.cdiv(length, block_k),
+                D=dim,
+                ALIGN=align,
+                KEY_TILES=cdiv(length, block_k),
                 BLOCK_Q=block_q,
                 BLOCK_K=block_k,
-                STEPS_D=padded_dim // step_d,
                 STEP_D=step_d,
+                LAST_D=last_d,
                 num_warps=num_warps,
             )
         else:
@@ -316,13 +327,14 @@ def attention_importance(queries, keys, num_prefix_tokens, rows, scale, logsumex
                 heads,
                 length,
                 total,
-                dim,
                 scale,
+                D=dim,
+                ALIGN=align,
                 HAS_LOGSUMEXP=logsumexp is not None,
                 BLOCK_Q=block_q,
                 BLOCK_K=block_k,
-                STEPS_D=padded_dim // step_d,
                 STEP_D=step_d,
+                LAST_D=last_d,
                 num_warps=num_warps,
             )
         mean_rows(((partial, *partial.stride()[:2]),), out, 0, parts, maps * length)

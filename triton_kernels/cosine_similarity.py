@@ -19,12 +19,12 @@ import triton.language as tl
 
 from .._native import rows
 from ..ops.cosine_similarity import _out
-from ._common import dot
+from ._common import cdiv, dot
 
 SCALE_BLOCK_ROWS, SCALE_BLOCK_C, SCALE_NUM_WARPS = 4, 1024, 4
 # Tile side, channels per step, warps, pipeline stages.
 FLOAT32_TILE = (32, 32, 4, 3)
-HALF_TILE = (64, 64, 4, 3)
+HALF_TILE = (64, 64, 8, 3)
 
 
 @triton.jit
@@ -66,7 +66,7 @@ def _scale_rows_kernel(
         x = tl.load(source + start + offset, mask=mask, other=0.0).to(tl.float32)
         x = (x * first[:, None] * second[:, None]).to(tl.float64)
         square += tl.sum(x * x, 1)
-    inverse_norm = 1.0 / tl.sqrt(tl.where(square > 0.0, square, 1.0))
+    inverse_norm = tl.rsqrt(tl.where(square > 0.0, square, 1.0))
 
     # Scale.
     for start in range(0, C, BLOCK_C):
@@ -116,12 +116,15 @@ def _similarity_kernel(
     similarity = tl.where(similarity != similarity, float("-inf"), similarity)
     similarity = similarity.to(similarity_ptr.dtype.element_ty)
 
-    # Store the upper triangle and its mirror image.
-    out_ptr = similarity_ptr + b * N * N
-    above = (i[:, None] <= j[None, :]) & (j[None, :] < N)
-    tl.store(out_ptr + i[:, None] * N + j[None, :], similarity, mask=above)
-    below = (i[None, :] < j[:, None]) & (j[:, None] < N)
-    tl.store(out_ptr + j[:, None] * N + i[None, :], tl.trans(similarity), mask=below)
+    # Store the tile, of one on the diagonal the upper triangle, and its mirror image.
+    target = similarity_ptr + b * N * N + i[:, None] * N + j[None, :]
+    mirrored = similarity_ptr + b * N * N + j[:, None] * N + i[None, :]
+    if tile_i == tile_j:
+        tl.store(target, similarity, mask=(i[:, None] <= j[None, :]) & (j[None, :] < N))
+        tl.store(mirrored, tl.trans(similarity), mask=(i[None, :] < j[:, None]) & (j[:, None] < N))
+    else:
+        tl.store(target, similarity, mask=j[None, :] < N)  # i < j
+        tl.store(mirrored, tl.trans(similarity), mask=j[:, None] < N)
 
 
 def cosine_similarity(features):
@@ -135,7 +138,7 @@ def cosine_similarity(features):
     factor = features.new_empty((batch, total), dtype=torch.float32)
     block, block_c, num_warps, num_stages = FLOAT32_TILE if features.dtype == torch.float32 else HALF_TILE
     with torch.cuda.device_of(features):
-        _scale_rows_kernel[(batch * triton.cdiv(total, SCALE_BLOCK_ROWS),)](
+        _scale_rows_kernel[(batch * cdiv(total, SCALE_BLOCK_ROWS),)](
             features,
             *features.stride()[:2],
             scaled,
@@ -147,7 +150,7 @@ def cosine_similarity(features):
             BLOCK_C=SCALE_BLOCK_C,
             num_warps=SCALE_NUM_WARPS,
         )
-        _similarity_kernel[(batch * triton.cdiv(total, block) ** 2,)](
+        _similarity_kernel[(batch * cdiv(total, block) ** 2,)](
             scaled,
             factor,
             similarity,

@@ -20,7 +20,7 @@ import triton.language as tl
 
 from .._native import rows
 from ..ops.diverse_select import _out
-from ._common import ordered_key, write_selection
+from ._common import next_power_of_2, ordered_key, write_selection
 
 BLOCK_A = 16  # rows of similarity read at once
 MAX_BLOCK = 1024  # columns read at once, and elements of a list handled at once
@@ -185,7 +185,7 @@ def diverse_select(similarity, importance, num_tokens, important_ratio, removals
             removals_per_round,
             TRACE=return_trace,
             BLOCK_A=BLOCK_A,
-            BLOCK=min(triton.next_power_of_2(max(total, 1)), MAX_BLOCK),
+            BLOCK=min(next_power_of_2(max(total, 1)), MAX_BLOCK),
             BLOCK_RANK=BLOCK_RANK,
             num_warps=NUM_WARPS,
         )

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from .._native import rows
 from ..ops.gather_tokens import _out
+from ._common import cdiv, next_power_of_2
 
 BLOCK_M = 4
 MAX_BLOCK_C = 1024
@@ -55,16 +56,18 @@ def gather_tokens(features, indices, pad_value):
     """(B, N, C) and (B, M) int64 -> (B, M, C)."""
     batch, total, channels = features.shape
     width = indices.shape[1]
-    if features.device.type == "cpu":
+    if features.is_cpu:
         outside = indices[(indices < -1) | (indices >= total)]
         if len(outside):
             raise ValueError(f"gather_tokens: indices must be in [-1, N) with N={total}, got {outside[0].item()}")
+        # The interpreter truncates when it converts to bfloat16.
+        pad_value = torch.tensor(pad_value, dtype=torch.float32).to(features.dtype).item()
     out = _out(features, indices, pad_value)
     if out.numel() == 0:
         return out
     features, indices = rows(features), rows(indices)
-    block_c = min(triton.next_power_of_2(channels), MAX_BLOCK_C)
-    grid = (batch * triton.cdiv(width, BLOCK_M), triton.cdiv(channels, block_c))
+    block_c = min(next_power_of_2(channels), MAX_BLOCK_C)
+    grid = (batch * cdiv(width, BLOCK_M), cdiv(channels, block_c))
     with torch.cuda.device_of(features):
         _gather_tokens_kernel[grid](
             features,
@@ -75,8 +78,7 @@ def gather_tokens(features, indices, pad_value):
             total,
             width,
             channels,
-            # Rounded here, because the interpreter truncates when it converts to bfloat16.
-            torch.tensor(pad_value, dtype=torch.float32).to(features.dtype).item(),
+            float(pad_value),
             BLOCK_M=BLOCK_M,
             BLOCK_C=block_c,
             num_warps=NUM_WARPS,

@@ -17,9 +17,9 @@ import triton.language as tl
 
 from .._native import rows
 from ..ops.hierarchical_select import _out, resolve_grid
-from ._common import NO_KEY, ordered_key, write_selection
+from ._common import NO_KEY, cdiv, next_power_of_2, ordered_key, write_selection
 
-TOKENS_PER_WARP = 256
+TOKENS_PER_WARP = 128
 SELECTION_BLOCK = 1024
 
 
@@ -163,14 +163,14 @@ def hierarchical_select(scores, grid, regions, keep_ratio, window, num_tokens):
     scores = rows(scores)
     grid = resolve_grid("hierarchical_select", grid, mask.shape[1])
     low, narrow = grid[0] // regions[0], grid[1] // regions[1]
-    height, width = triton.cdiv(grid[0], regions[0]), triton.cdiv(grid[1], regions[1])
+    height, width = cdiv(grid[0], regions[0]), cdiv(grid[1], regions[1])
     window = min(window[0], height), min(window[1], width)
-    windows_across = triton.cdiv(width, window[1])
-    num_regions = triton.next_power_of_2(regions[0] * regions[1])
-    num_windows = triton.next_power_of_2(triton.cdiv(height, window[0]) * windows_across)
-    num_members = triton.next_power_of_2(window[0] * window[1])
+    windows_across = cdiv(width, window[1])
+    num_regions = next_power_of_2(regions[0] * regions[1])
+    num_windows = next_power_of_2(cdiv(height, window[0]) * windows_across)
+    num_members = next_power_of_2(window[0] * window[1])
     tile = num_regions * num_windows * num_members
-    num_warps = min(max(triton.next_power_of_2(tile) // TOKENS_PER_WARP, 1), 32)
+    num_warps = min(max(tile // TOKENS_PER_WARP, 1), 32)
     with torch.cuda.device_of(scores):
         _hierarchical_select_kernel[(mask.shape[0],)](
             scores,
@@ -190,7 +190,7 @@ def hierarchical_select(scores, grid, regions, keep_ratio, window, num_tokens):
             WINDOWS=num_windows,
             MEMBERS=num_members,
             TOKEN_BITS=mask.shape[1].bit_length(),
-            BLOCK=min(triton.next_power_of_2(mask.shape[1]), SELECTION_BLOCK),
+            BLOCK=min(next_power_of_2(mask.shape[1]), SELECTION_BLOCK),
             num_warps=num_warps,
         )
     return outputs
