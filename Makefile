@@ -31,10 +31,11 @@ format: .venv/installed-test
 	$(BIN)/clang-format -i $$(git ls-files 'csrc/*')
 
 bench: .venv/installed-test
-	$(BIN)/python -m pytest benchmarks --csv
+	$(BIN)/hvprune bench --csv
 
 bench-report: .venv/installed-test
-	$(BIN)/python benchmarks/report.py
+	$(BIN)/hvprune bench plot
+	$(BIN)/python -m hvprune.benchmarks.report
 
 clean:
 	rm -rf .venv .venv-oldest build dist *.egg-info hvprune/*.so
