@@ -30,7 +30,7 @@ bench: .venv/installed-test
 	$(BIN)/python -m pytest benchmarks --csv
 
 bench-report: .venv/installed-test
-	$(BIN)/python benchmarks/report.py
+	$(BIN)/python -m hvprune.benchmarks.report
 
 clean:
 	rm -rf .venv .venv-oldest build dist *.egg-info hvprune/*.so

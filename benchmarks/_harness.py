@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import csv
 import ctypes
-import platform
 import re
-import subprocess
 from collections.abc import Callable, Iterable
-from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from shapes import Case
 
-from hvprune import _native, ops
+from hvprune import ops
 from hvprune._registry import BACKENDS, OPS
 
-RESULTS = Path(__file__).parent / "results"
+from ._results import ENVIRONMENT, environment, results_path, write_csv
+from .shapes import Case
+
 COLUMNS = (
-    "op", "setting", "shape", "batch", "dtype", "rival", "median_us", "p20_us", "p80_us", "peak_extra_mb",
-    "device", "instruction_set", "threads", "torch", "commit", "date",
+    "op", "setting", "shape", "batch", "dtype", "rival", "median_us", "p20_us", "p80_us", "peak_extra_mb", *ENVIRONMENT
 )  # fmt: skip
 
 
@@ -110,25 +106,6 @@ def peak_extra_mb(call: Callable[[], Any]) -> float:
     return resident("VmHWM") - before
 
 
-def processor_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    return found[1].strip() if found else platform.processor() or platform.machine()
-
-
-def environment() -> dict[str, str]:
-    git = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    commit = subprocess.run(git, cwd=RESULTS.parent, capture_output=True, text=True, check=False).stdout.strip()
-    return {
-        "device": processor_name(),
-        "instruction_set": _native.C.cpu_isa() if _native.C else "none",
-        "threads": str(torch.get_num_threads()),
-        "torch": torch.__version__,
-        "commit": commit or "unknown",
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-    }
-
-
 class Results:
     """Samples of one run, in seconds per call, and peak memory; one CSV row per case and rival."""
 
@@ -151,12 +128,7 @@ class Results:
         }  # fmt: skip
 
     def write(self) -> Path:
-        """Overwrites the file of this machine's processor."""
-        facts = environment()
-        path = RESULTS / "cpu" / (re.sub(r"[^a-z0-9]+", "-", facts["device"].lower()).strip("-") + ".csv")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(row | facts for row in self.rows())
+        """Overwrites the file of this device."""
+        facts, path = environment(), results_path("micro", "cpu")
+        write_csv(path, COLUMNS, (row | facts for row in self.rows()))
         return path

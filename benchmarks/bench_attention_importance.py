@@ -2,12 +2,13 @@
 
 from functools import partial
 
-import baselines
 import torch
-from _harness import Rival, hvprune_rivals, no_worse_than_torch
-from shapes import CLIP_L, Case, cases, make_queries_and_keys
 
 from hvprune import reference
+
+from . import baselines
+from ._harness import Rival, hvprune_rivals, no_worse_than_torch
+from .shapes import CLIP_L, Case, cases, make_queries_and_keys
 
 ALL_ROWS, CLS_ROW = "3 layers, all rows", "1 layer, CLS row"
 BASELINES = ("released", "plain PyTorch")

@@ -1,10 +1,11 @@
 """The cost of a call as such: every op on inputs so small that computing takes next to nothing."""
 
 import torch
-from _harness import Rival, as_float64, equal_to, hvprune_rivals, no_worse_than_torch
-from shapes import Case, Shape
 
 from hvprune import Selection, ops, reference
+
+from ._harness import Rival, as_float64, equal_to, hvprune_rivals, no_worse_than_torch
+from .shapes import Case, Shape
 
 TINY = Shape("4 tokens", (2, 2), 1, 1, 8, 8)
 CASES = [Case(op, "call overhead", TINY, 1, torch.float32) for op in ops.__all__]

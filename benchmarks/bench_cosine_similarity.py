@@ -2,11 +2,11 @@
 
 from functools import partial
 
-import baselines
-from _harness import Rival, hvprune_rivals, no_worse_than_torch
-from shapes import Case, cases, make_features
-
 from hvprune import reference
+
+from . import baselines
+from ._harness import Rival, hvprune_rivals, no_worse_than_torch
+from .shapes import Case, cases, make_features
 
 CASES = cases("cosine_similarity", baselines=("plain PyTorch",))
 

@@ -2,11 +2,11 @@
 
 from functools import partial
 
-import baselines
-from _harness import Rival, equal_to, hvprune_rivals
-from shapes import Case, cases, make_features, make_scores
-
 from hvprune import reference
+
+from . import baselines
+from ._harness import Rival, equal_to, hvprune_rivals
+from .shapes import Case, cases, make_features, make_scores
 
 BUDGETS = {"K=128": (128, 0.5), "K=64": (64, 0.75)}
 CASES = cases("diverse_select", tuple(BUDGETS), ("plain PyTorch",))

@@ -2,11 +2,11 @@
 
 from functools import partial
 
-import baselines
-from _harness import Rival, equal_to, hvprune_rivals
-from shapes import Case, cases, make_features, make_scores
-
 from hvprune import reference
+
+from . import baselines
+from ._harness import Rival, equal_to, hvprune_rivals
+from .shapes import Case, cases, make_features, make_scores
 
 CASES = cases("gather_tokens", ("K=128",), ("released", "plain PyTorch"))
 

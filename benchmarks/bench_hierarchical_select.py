@@ -2,11 +2,11 @@
 
 from functools import partial
 
-import baselines
-from _harness import Rival, equal_to, hvprune_rivals
-from shapes import Case, cases, make_scores
-
 from hvprune import reference
+
+from . import baselines
+from ._harness import Rival, equal_to, hvprune_rivals
+from .shapes import Case, cases, make_scores
 
 CASES = cases("hierarchical_select", baselines=("released", "plain PyTorch"), any_grid=False)
 

@@ -2,11 +2,11 @@
 
 from functools import partial
 
-import baselines
-from _harness import Rival, as_float64, equal_in_float64, equal_to, hvprune_rivals
-from shapes import Case, cases, make_queries_and_keys
-
 from hvprune import ops, reference
+
+from . import baselines
+from ._harness import Rival, as_float64, equal_in_float64, equal_to, hvprune_rivals
+from .shapes import Case, cases, make_queries_and_keys
 
 CASES = cases("hivtp_select", baselines=("released", "plain PyTorch"), any_grid=False)
 

@@ -2,11 +2,11 @@
 
 from functools import partial
 
-import baselines
-from _harness import Rival, as_float64, equal_in_float64, equal_to, hvprune_rivals
-from shapes import Case, cases, make_features, make_scores
-
 from hvprune import ops, reference
+
+from . import baselines
+from ._harness import Rival, as_float64, equal_in_float64, equal_to, hvprune_rivals
+from .shapes import Case, cases, make_features, make_scores
 
 BUDGETS = {"K=128": (128, 0.5), "K=64": (64, 0.75)}
 # The released code fails on the odd number of residual tokens that SigLIP's 729 leave.

@@ -9,7 +9,8 @@ from __future__ import annotations
 from functools import lru_cache
 
 import pytest
-from _harness import Results, peak_extra_mb, rival_names
+
+from ._harness import Results, peak_extra_mb, rival_names
 
 TURNS = 3
 
@@ -17,7 +18,7 @@ results = Results()
 
 
 def pytest_addoption(parser):
-    parser.addoption("--csv", action="store_true", help="write benchmarks/results/cpu/<processor>.csv")
+    parser.addoption("--csv", action="store_true", help="write benchmarks/results/cpu/micro.csv")
 
 
 def pytest_generate_tests(metafunc):
@@ -35,7 +36,7 @@ def solve(make_rivals, case):
 
 def pytest_terminal_summary(terminalreporter, exitstatus, config):
     if config.getoption("--csv"):
-        verdict = "no CSV: not every benchmark passed" if exitstatus else f"written: {results.write().name}"
+        verdict = "no CSV: not every benchmark passed" if exitstatus else f"written: {results.write()}"
         terminalreporter.write_line(f"\n{verdict}")
 
 

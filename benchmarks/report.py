@@ -1,7 +1,7 @@
 """Writes the tables of the READMEs from the CSV: the only source of their numbers.
 
-    python benchmarks/report.py           rewrite what stands between the markers
-    python benchmarks/report.py --check   exit 1 if that would change anything
+    python -m hvprune.benchmarks.report           rewrite what stands between the markers
+    python -m hvprune.benchmarks.report --check   exit 1 if that would change anything
 
 A table stands between ``<!-- benchmark:begin NAME -->`` and ``<!-- benchmark:end NAME -->``.
 """
@@ -9,19 +9,17 @@ A table stands between ``<!-- benchmark:begin NAME -->`` and ``<!-- benchmark:en
 from __future__ import annotations
 
 import argparse
-import csv
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from ._results import RESULTS, ROOT, Row, committed, format_ratio, format_time, table
+
 READMES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
 NO_RESULTS = "No results yet: `make bench` writes them, `make bench-report` puts them here."
 OVERHEAD = "call overhead"
 OURS, RELEASED, PLAIN = "hvprune cpu", "released", "plain PyTorch"
-
-Row = dict[str, str]
 
 
 class Results:
@@ -46,32 +44,14 @@ class Results:
         return float(found[0]["median_us"]) if found else None
 
 
-def load_results(folder: Path = ROOT / "benchmarks" / "results" / "cpu") -> Results | None:
-    """The latest of the committed CSV files, one per processor; None if there is none."""
-    tables = [list(csv.DictReader(path.open(newline=""))) for path in sorted(folder.glob("*.csv"))]
-    return Results(max(tables, key=lambda rows: rows[0]["date"])) if tables else None
-
-
-def format_time(microseconds: float | None) -> str:
-    if microseconds is None:
-        return "-"
-    for unit, size in (("s", 1e6), ("ms", 1e3)):
-        if microseconds >= size:
-            return f"{microseconds / size:.3g} {unit}"
-    return f"{microseconds:.3g} µs"
-
-
-def format_ratio(value: float) -> str:
-    return f"{value:.0f}x" if value >= 10 else f"{value:.2g}x"
+def load_results(results: Path = RESULTS) -> Results | None:
+    """The committed results of the CPU, None if there are none."""
+    rows = committed("micro", results).get("cpu")
+    return Results(rows) if rows else None
 
 
 def format_rival(time: float | None, ours: float) -> str:
     return "-" if time is None else f"{format_time(time)} ({format_ratio(time / ours)})"
-
-
-def table(header: list[str], lines: list[list[str]]) -> str:
-    rule = ["---"] + ["---:"] * (len(header) - 1)
-    return "\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *lines))
 
 
 def name_of(case: Row) -> str:

@@ -109,7 +109,7 @@ def test_source_distribution_is_complete(tmp_path):
         names = {name.split("/", 1)[1] for name in packed.getnames() if "/" in name}
     wanted = {
         path.relative_to(ROOT).as_posix()
-        for folder in ("csrc", "hvprune", "triton_kernels")
+        for folder in ("benchmarks", "csrc", "hvprune", "triton_kernels")
         for path in (ROOT / folder).rglob("*")
         if path.suffix in (".h", ".cuh", ".cpp", ".cu", ".py")
     }

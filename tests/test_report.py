@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import re
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-spec = importlib.util.spec_from_file_location("report", ROOT / "benchmarks" / "report.py")
-report = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(report)
+from hvprune.benchmarks import report
 
 FACTS = {
     "peak_extra_mb": "", "device": "A processor", "instruction_set": "avx2", "threads": "2",
@@ -40,7 +35,8 @@ ROWS = [
 @pytest.fixture
 def readme(tmp_path, monkeypatch):
     """A README with every table, and a folder of results to fill them from."""
-    with (tmp_path / "cpu.csv").open("w", newline="") as file:
+    (tmp_path / "cpu").mkdir()
+    with (tmp_path / "cpu" / "micro.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, ROWS[0])
         writer.writeheader()
         writer.writerows(ROWS)

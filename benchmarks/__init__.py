@@ -1,0 +1,1 @@
+"""The benchmarks, installed as ``hvprune.benchmarks``: ``hvprune bench`` runs them, so does ``pytest benchmarks``."""
