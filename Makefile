@@ -27,9 +27,10 @@ format: .venv/installed-test
 	$(BIN)/clang-format -i $$(git ls-files 'csrc/*')
 
 bench: .venv/installed-test
-	$(BIN)/python -m pytest benchmarks --csv
+	$(BIN)/hvprune bench --csv
 
 bench-report: .venv/installed-test
+	$(BIN)/hvprune bench plot
 	$(BIN)/python -m hvprune.benchmarks.report
 
 clean:

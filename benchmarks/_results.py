@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import platform
 import re
 import subprocess
@@ -12,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 import hvprune
 from hvprune import _native
@@ -45,6 +47,26 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Row]) -> None:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+
+
+def pictures(results: Path = RESULTS) -> dict[Path, str]:
+    """``results/<folder>/<suite>-<what>.png`` with their titles."""
+    return {path: Image.open(path).text["Title"] for path in sorted(results.glob("*/*-*.png"))}
+
+
+def picture_metadata(title: str, source: Path) -> dict[str, str | None]:
+    """What a picture says about itself: the results that it shows, by their hash. For matplotlib's savefig."""
+    return {"Title": title, "Source": _digest(source), "Software": None}
+
+
+def stale_pictures(results: Path = RESULTS) -> list[Path]:
+    """Those that show other results than the CSV file beside them."""
+    suites = {path: path.with_name(f"{path.name.partition('-')[0]}.csv") for path in pictures(results)}
+    return [p for p, csv in suites.items() if not csv.exists() or Image.open(p).text["Source"] != _digest(csv)]
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 ENVIRONMENT = (

@@ -149,3 +149,22 @@ def released_gather_tokens(features: Tensor, mask: Tensor) -> Tensor:
 
 def plain_gather_tokens(features: Tensor, indices: Tensor) -> Tensor:
     return features.gather(1, indices.unsqueeze(-1).expand(-1, -1, features.shape[-1]))
+
+
+def released_for_each_image(scores: Tensor, grid: tuple[int, int]) -> list[Tensor]:
+    """HIVTP's released selection on a batch: one call an image."""
+    return [released_hierarchical_select(image, grid) for image in scores]
+
+
+def topk(scores: Tensor, num_tokens: int) -> Tensor:
+    """(B, K) indices of the highest scores, best first."""
+    return scores.topk(num_tokens).indices
+
+
+def flash_colreduce_importance(queries: list[Tensor], keys: list[Tensor], num_prefix_tokens: int, cls: bool) -> Tensor:
+    """flash-colreduce, which sums the columns of a layer's maps without making them, and the means of its results."""
+    from flash_colreduce import flash_colreduce
+
+    layers = zip(queries, keys, strict=True)
+    means = [flash_colreduce(q[:, :, :1] if cls else q, k, reduction="mean").mean(dim=1) for q, k in layers]
+    return torch.stack(means).mean(dim=0)[:, num_prefix_tokens:]

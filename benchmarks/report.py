@@ -3,7 +3,8 @@
     python -m hvprune.benchmarks.report           rewrite what stands between the markers
     python -m hvprune.benchmarks.report --check   exit 1 if that would change anything
 
-A table stands between ``<!-- benchmark:begin NAME -->`` and ``<!-- benchmark:end NAME -->``.
+A table stands between ``<!-- benchmark:begin NAME -->`` and ``<!-- benchmark:end NAME -->``. Pictures are drawn by
+``hvprune bench plot``; one that shows other results than the CSV beside it is an error either way.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from ._results import RESULTS, ROOT, Row, committed, format_ratio, format_time, table
+from ._results import RESULTS, ROOT, Row, committed, format_ratio, format_time, pictures, stale_pictures, table
 
 READMES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
 NO_RESULTS = "No results yet: `make bench` writes them, `make bench-report` puts them here."
+NO_GPU_RESULTS = "No results from a GPU exist yet."
+NO_PICTURES = "No pictures yet: `make bench-report` draws the results that are there."
 OVERHEAD = "call overhead"
 OURS, RELEASED, PLAIN = "hvprune cpu", "released", "plain PyTorch"
 
@@ -36,37 +39,77 @@ class Results:
         keys = ("op", "setting", "shape", "batch", "dtype")
         return [dict(case) for case in dict.fromkeys(tuple((k, row[k]) for k in keys) for row in self.where(**values))]
 
-    def median_us(self, rival: str, case: Row) -> float | None:
+    def row(self, rival: str, case: Row) -> Row | None:
         """None if it was not measured."""
         found = self.where(rival=rival, **case)
         if len(found) > 1:
             raise ValueError(f"results must have one row for {rival} on {case}, got {len(found)}")
-        return float(found[0]["median_us"]) if found else None
+        return found[0] if found else None
+
+    def wall_us(self, rival: str, case: Row) -> float | None:
+        """None if it was not measured."""
+        row = self.row(rival, case)
+        return float(row["wall_us"]) if row and row["wall_us"] else None
 
 
-def load_results(results: Path = RESULTS) -> Results | None:
+def load_results(results: Path) -> Results | None:
     """The committed results of the CPU, None if there are none."""
     rows = committed("micro", results).get("cpu")
     return Results(rows) if rows else None
 
 
-def format_rival(time: float | None, ours: float) -> str:
-    return "-" if time is None else f"{format_time(time)} ({format_ratio(time / ours)})"
+def time_of(row: Row | None) -> float | None:
+    """Microseconds on the GPU, or on the wall where there are no others."""
+    text = row and (row["device_us"] or row["wall_us"])
+    return float(text) if text else None
+
+
+def format_rival(row: Row | None, ours: float | None) -> str:
+    """Time and, with something to compare it with, the ratio; a star: of a rival that is no CUDA graph, on the wall."""
+    time = time_of(row)
+    if time is None:
+        return "-"
+    star = "\\*" if row["note"] and not row["device_us"] else ""
+    return format_time(time) + star + (f" ({format_ratio(time / ours)})" if ours else "")
 
 
 def name_of(case: Row) -> str:
     return f"`{case['op']}`" + (f", {case['setting']}" if case["setting"] else "")
 
 
-def speed_table(results: Results) -> str:
-    """float32: hvprune and, with the ratio to it, its rivals."""
+def compared(results: Results, dtype: str) -> str:
+    """The first rival is hvprune's preferred backend; the others with the ratio to it. All that were measured."""
+    cases = [case for case in results.cases(dtype=dtype) if case["setting"] != OVERHEAD]
+    rivals = list(dict.fromkeys(row["rival"] for case in cases for row in results.where(**case)))
+    rivals.sort(key=lambda name: not name.startswith("hvprune"))
     lines = []
-    for case in results.cases(dtype="float32"):
-        if case["setting"] != OVERHEAD:
-            ours, *rivals = (results.median_us(rival, case) for rival in (OURS, RELEASED, PLAIN))
-            compared = [format_rival(rival, ours) for rival in rivals]
-            lines.append([name_of(case), case["shape"], case["batch"], format_time(ours), *compared])
-    return table(["op", "encoder", "B", "hvprune", RELEASED, PLAIN], lines)
+    for case in cases:
+        ours, *others = (results.row(rival, case) for rival in rivals)
+        floor = ours and ours["of_floor"] and f"{float(ours['of_floor']):.2g}x"
+        cells = [format_rival(ours, None), floor or "-", *(format_rival(row, time_of(ours)) for row in others)]
+        lines.append([name_of(case), case["shape"], case["batch"], *cells])
+    return table(["op", "encoder", "B", *rivals[:1], "of floor", *rivals[1:]], lines)
+
+
+def speed_table(results: Results) -> str:
+    return compared(results, "float32")
+
+
+def gpu_tables(results: Path) -> str:
+    """Of every GPU: where it was measured, device times in bfloat16, and by dtype."""
+    parts = []
+    for folder, rows in committed("micro", results).items():
+        if folder != "cpu":
+            of_gpu = Results(rows)
+            parts += [environment_line(of_gpu), compared(of_gpu, "bfloat16")]
+    return "\n\n".join(parts) or NO_GPU_RESULTS
+
+
+def picture_links(results: Path) -> str:
+    """Of every picture that was drawn; paths as the README of the repository sees them."""
+    base = results.parent.parent
+    links = [f"![{title}]({path.relative_to(base).as_posix()})" for path, title in pictures(results).items()]
+    return "\n".join(links) or NO_PICTURES
 
 
 def half_table(results: Results) -> str:
@@ -74,14 +117,14 @@ def half_table(results: Results) -> str:
     dtypes = ("float32", "float16", "bfloat16")
     lines = []
     for case in results.cases(dtype="bfloat16"):
-        times = [results.median_us(OURS, case | {"dtype": dtype}) for dtype in dtypes]
+        times = [results.wall_us(OURS, case | {"dtype": dtype}) for dtype in dtypes]
         lines.append([name_of(case), case["shape"], case["batch"], *map(format_time, times)])
     return table(["op", "encoder", "B", *dtypes], lines)
 
 
 def overhead_table(results: Results) -> str:
     cases = results.cases(setting=OVERHEAD)
-    lines = [[f"`{case['op']}`", format_time(results.median_us(OURS, case))] for case in cases]
+    lines = [[f"`{case['op']}`", format_time(results.wall_us(OURS, case))] for case in cases]
     return table(["op", "call on tiny inputs"], lines)
 
 
@@ -93,12 +136,12 @@ def memory_table(results: Results) -> str:
 
 def speedup(results: Results, op: str, setting: str) -> float | None:
     case = {"op": op, "setting": setting, "shape": "CLIP-L/14-336", "batch": "1", "dtype": "float32"}
-    ours, released = (results.median_us(rival, case) for rival in (OURS, RELEASED))
+    ours, released = (results.wall_us(rival, case) for rival in (OURS, RELEASED))
     return None if ours is None or released is None else released / ours
 
 
 def worst_overhead(results: Results) -> float | None:
-    return max((results.median_us(OURS, case) for case in results.cases(setting=OVERHEAD)), default=None)
+    return max((results.wall_us(OURS, case) for case in results.cases(setting=OVERHEAD)), default=None)
 
 
 def attention_memory(results: Results) -> float | None:
@@ -135,23 +178,38 @@ def target_table(results: Results) -> str:
 
 def environment_line(results: Results) -> str:
     facts = results.rows[0]
+    gpu = f", driver {facts['driver']}, CUDA {facts['cuda']}, Triton {facts['triton']}" if facts["driver"] else ""
+    inside = "" if gpu else f" ({facts['instruction_set']}, {facts['threads']} threads)"
     return (
-        f"Measured on {facts['device']} ({facts['instruction_set']}, {facts['threads']} threads) with torch"
-        f" {facts['torch']} at commit {facts['commit']} on {facts['date']}."
+        f"Measured on {facts['device']}{inside} with torch {facts['torch']}{gpu} at commit {facts['commit']} on"
+        f" {facts['date']}."
     )
 
 
-TABLES: dict[str, Callable[[Results], str]] = {
-    "environment": environment_line,
-    "targets": target_table,
-    "speed": speed_table,
-    "half": half_table,
-    "overhead": overhead_table,
-    "memory": memory_table,
+def of_cpu(write: Callable[[Results], str]) -> Callable[[Path], str]:
+    """A table of the CPU's results, or the line that there are none."""
+
+    def write_if_any(folder: Path) -> str:
+        results = load_results(folder)
+        return write(results) if results else NO_RESULTS
+
+    return write_if_any
+
+
+# Each takes the folder of results.
+TABLES: dict[str, Callable[[Path], str]] = {
+    "environment": of_cpu(environment_line),
+    "targets": of_cpu(target_table),
+    "speed": of_cpu(speed_table),
+    "half": of_cpu(half_table),
+    "overhead": of_cpu(overhead_table),
+    "memory": of_cpu(memory_table),
+    "gpu": gpu_tables,
+    "pictures": picture_links,
 }
 
 
-def render(text: str, results: Results | None) -> str:
+def render(text: str, results: Path) -> str:
     """The text with every table made anew. ValueError for an unknown name or a marker without its partner."""
     marker = re.compile(r"<!-- benchmark:(begin|end) (\S+) -->")
     marks = list(marker.finditer(text))
@@ -160,25 +218,26 @@ def render(text: str, results: Results | None) -> str:
         name = begin[2]
         if name not in TABLES or (begin[1], end[1], end[2]) != ("begin", "end", name):
             raise ValueError(f"markers must be a begin and an end of one of {list(TABLES)}, got {begin[0]} {end[0]}")
-        body = TABLES[name](results) if results else NO_RESULTS
-        pieces += [text[done : begin.end()], "\n", body, "\n"]
+        pieces += [text[done : begin.end()], "\n", TABLES[name](results), "\n"]
         done = end.start()
     if len(marks) % 2:
         raise ValueError(f"markers must come in pairs, got {marks[-1][0]} alone")
     return "".join([*pieces, text[done:]])
 
 
-def main(arguments: list[str] | None = None, readmes: tuple[Path, ...] = READMES) -> int:
+def main(arguments: list[str] | None = None, readmes: tuple[Path, ...] = READMES, results: Path = RESULTS) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing, exit 1 if a table is out of date")
+    parser.add_argument("--check", action="store_true", help="change nothing, exit 1 if something is out of date")
     check = parser.parse_args(arguments).check
-    results = load_results()
     stale = {path: text for path in readmes if (text := render(path.read_text(), results)) != path.read_text()}
     for path, text in stale.items():
         print(f"{path.parent.name}/{path.name}: {'out of date, run make bench-report' if check else 'written'}")
         if not check:
             path.write_text(text)
-    return 1 if check and stale else 0
+    old = stale_pictures(results)
+    for path in old:
+        print(f"{path.parent.name}/{path.name}: shows other results, run make bench-report")
+    return 1 if (check and stale) or old else 0
 
 
 if __name__ == "__main__":

@@ -28,6 +28,8 @@ class Shape(NamedTuple):
 
 CLIP_L = Shape("CLIP-L/14-336", (24, 24), 1, 16, 64, 1024)  # LLaVA-1.5, and each tile of LLaVA-NeXT
 SIGLIP = Shape("SigLIP-so400m/14-384", (27, 27), 0, 16, 72, 1152)
+GRID64 = Shape("64x64 grid", (64, 64), 1, 16, 64, 1024)  # CLIP-L on a photo of 896 pixels a side
+SHAPES, BATCHES, DTYPES = (CLIP_L, SIGLIP, GRID64), (1, 8, 64), (torch.float32, torch.float16, torch.bfloat16)
 LAYERS = 3  # HIVTP aggregates layers 6, 7 and 8
 
 
@@ -52,22 +54,21 @@ class Case(NamedTuple):
 
     def randn(self, *shape: int) -> torch.Tensor:
         """Normal numbers, the same in every run, of the case's dtype and on its device."""
-        return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.device, self.dtype)
+        generator = torch.Generator(self.device).manual_seed(0)
+        return torch.randn(shape, generator=generator, device=self.device).to(self.dtype)
 
 
 def cases(
     op: str, settings: tuple[str, ...] = ("",), baselines: tuple[str, ...] = (), any_grid: bool = True
 ) -> list[Case]:
-    """CLIP-L at batch 1 and 8 and SigLIP at batch 1 in float32, with ``baselines``; CLIP-L in half precision.
-
-    any_grid: whether the baselines can handle the odd grid of SigLIP.
-    """
-    made = []
-    for setting in settings:
-        made += [Case(op, setting, CLIP_L, batch, torch.float32, baselines) for batch in (1, 8)]
-        made.append(Case(op, setting, SIGLIP, 1, torch.float32, baselines if any_grid else ()))
-        made += [Case(op, setting, CLIP_L, 1, dtype) for dtype in (torch.float16, torch.bfloat16)]
-    return made
+    """Every shape, batch and dtype. any_grid: whether the baselines can handle the odd grid of SigLIP."""
+    return [
+        Case(op, setting, shape, batch, dtype, baselines if any_grid or shape is not SIGLIP else ())
+        for setting in settings
+        for dtype in DTYPES
+        for shape in SHAPES
+        for batch in BATCHES
+    ]
 
 
 def make_queries_and_keys(case: Case, layers: int = LAYERS) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -78,8 +79,10 @@ def make_queries_and_keys(case: Case, layers: int = LAYERS) -> tuple[list[torch.
 
 
 def make_scores(case: Case) -> torch.Tensor:
-    """(B, N), no two equal within an image in any dtype that can tell N values apart."""
-    return case.randn(case.batch, case.shape.num_tokens).argsort(-1).to(case.dtype)
+    """(B, N), no two equal within an image: up to 4096 values that every dtype can hold."""
+    ranks = case._replace(dtype=torch.float32).randn(case.batch, case.shape.num_tokens).argsort(-1)
+    # From 2**-16 to 2**16 there are that many bfloat16 numbers, and float16 has them all.
+    return (ranks + 0x3780).to(torch.int16).view(torch.bfloat16).to(case.dtype)
 
 
 def make_features(case: Case) -> torch.Tensor:

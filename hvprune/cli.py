@@ -9,6 +9,7 @@ from pathlib import Path
 
 from . import BackendUnavailable, __version__
 from ._registry import BACKENDS
+from .benchmarks.cli import add_parser as add_bench
 from .generate import add_parser as add_generate
 
 
@@ -24,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _Parser(prog="hvprune", description="Fused kernels for visual token pruning.")
     parser.add_argument("--version", action="version", version=f"hvprune {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add_command in (_add_info, _add_demo, add_generate):
+    for add_command in (_add_info, _add_demo, add_generate, add_bench):
         add_command(commands)
     arguments = parser.parse_args(argv)
     return arguments.run(arguments)

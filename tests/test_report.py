@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import csv
 import re
 
 import pytest
 
 from hvprune.benchmarks import report
+from hvprune.benchmarks._results import write_csv
+from hvprune.benchmarks.plot import draw
 
 FACTS = {
-    "peak_extra_mb": "", "device": "A processor", "instruction_set": "avx2", "threads": "2",
-    "torch": "2.13.0", "commit": "abc1234", "date": "2026-01-02",
+    "peak_extra_mb": "", "of_floor": "", "note": "", "device": "A processor", "driver": "", "instruction_set": "avx2",
+    "threads": "2", "torch": "2.13.0", "commit": "abc1234", "date": "2026-01-02",
 }  # fmt: skip
 CASE = {"setting": "", "shape": "CLIP-L/14-336", "batch": "1", "dtype": "float32"}
 
 
 def make_row(op, rival, median, **others):
-    times = {"median_us": str(median), "p20_us": str(median), "p80_us": str(median)}
+    times = {"device_us": "", "wall_us": str(median), "wall_p20_us": str(median), "wall_p80_us": str(median)}
     return {"op": op, "rival": rival} | CASE | times | FACTS | others
 
 
 ROWS = [
-    make_row("hierarchical_select", "hvprune cpu", 8.25),
+    make_row("hierarchical_select", "hvprune cpu", 8.25, of_floor="15.9"),
     make_row("hierarchical_select", "released", 1237.5),
     make_row("hierarchical_select", "plain PyTorch", 4.125),
     make_row("hierarchical_select", "hvprune cpu", 9.5, dtype="bfloat16"),
@@ -33,15 +34,16 @@ ROWS = [
 
 
 @pytest.fixture
-def readme(tmp_path, monkeypatch):
-    """A README with every table, and a folder of results to fill them from."""
-    (tmp_path / "cpu").mkdir()
-    with (tmp_path / "cpu" / "micro.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, ROWS[0])
-        writer.writeheader()
-        writer.writerows(ROWS)
-    results = report.load_results(tmp_path)
-    monkeypatch.setattr(report, "load_results", lambda: results)
+def results(tmp_path):
+    """A folder of results of a CPU."""
+    folder = tmp_path / "benchmarks" / "results"
+    write_csv(folder / "cpu" / "micro.csv", list(ROWS[0]), ROWS)
+    return folder
+
+
+@pytest.fixture
+def readme(tmp_path):
+    """A README with every table."""
     path = tmp_path / "README.md"
     markers = "".join(f"<!-- benchmark:begin {t} -->\n<!-- benchmark:end {t} -->\n" for t in report.TABLES)
     path.write_text(f"before\n{markers}after\n")
@@ -64,12 +66,13 @@ def test_no_time_is_typed_by_hand():
         assert not re.findall(r"\d\s?(?:µs|us|ms)\b|\d(?:x|×) (?:faster|the speed)", by_hand), path.name
 
 
-def test_tables_hold_the_numbers_of_the_csv(readme):
-    assert report.main([], (readme,)) == 0
+def test_tables_hold_the_numbers_of_the_csv(readme, results):
+    assert report.main([], (readme,), results) == 0
     lines = readme.read_text().splitlines()
     assert (lines[0], lines[-1]) == ("before", "after")
     for line in (
-        "| `hierarchical_select` | CLIP-L/14-336 | 1 | 8.25 µs | 1.24 ms (150x) | 4.12 µs (0.5x) |",  # losing rows too
+        "| op | encoder | B | hvprune cpu | of floor | released | plain PyTorch |",
+        "| `hierarchical_select` | CLIP-L/14-336 | 1 | 8.25 µs | 16x | 1.24 ms (150x) | 4.12 µs (0.5x) |",  # losing too
         "| `hierarchical_select` | CLIP-L/14-336 | 1 | 8.25 µs | - | 9.5 µs |",
         "| `gather_tokens` | 11 µs |",
         "| `hierarchical_select` against released | at least 100x | 150x | yes |",
@@ -78,23 +81,61 @@ def test_tables_hold_the_numbers_of_the_csv(readme):
         "| `vispruner_select`, K=128, against released | at least 8x | - | not measured |",
         "| the slowest call on tiny inputs | below 10 µs | 11 µs | no |",
         "Measured on A processor (avx2, 2 threads) with torch 2.13.0 at commit abc1234 on 2026-01-02.",
+        report.NO_GPU_RESULTS,
+        report.NO_PICTURES,
     ):
         assert line in lines
 
 
-def test_check_refuses_an_edited_number(readme):
-    assert report.main(["--check"], (readme,)) == 1
-    report.main([], (readme,))
-    assert report.main(["--check"], (readme,)) == 0
+def test_results_of_a_gpu_have_tables(readme, results):
+    facts = {"device": "A GPU", "driver": "580", "cuda": "13.0", "triton": "3.6.0", "dtype": "bfloat16"}
+    rows = [
+        make_row("gather_tokens", "released", 60, note="no CUDA graph: it waits", **facts),
+        make_row("gather_tokens", "hvprune cuda", 30, device_us="3", of_floor="1.25", **facts),
+        make_row("gather_tokens", "hvprune triton", 45, device_us="4.5", **facts),
+        make_row("gather_tokens", "plain PyTorch", "", note="OutOfMemoryError: no memory", **facts),
+    ]
+    write_csv(results / "a-gpu" / "micro.csv", list(rows[0]), rows)
+    assert report.main([], (readme,), results) == 0
+    lines = readme.read_text().splitlines()
+    measured = (
+        "Measured on A GPU with torch 2.13.0, driver 580, CUDA 13.0, Triton 3.6.0 at commit abc1234 on 2026-01-02."
+    )
+    assert measured in lines and report.NO_GPU_RESULTS not in lines
+    assert "| op | encoder | B | hvprune cuda | of floor | hvprune triton | released | plain PyTorch |" in lines
+    row = "| `gather_tokens` | CLIP-L/14-336 | 1 | 3 µs | 1.2x | 4.5 µs (1.5x) | 60 µs\\* (20x) | - |"
+    assert row in lines
+
+
+def test_check_refuses_an_edited_number(readme, results):
+    assert report.main(["--check"], (readme,), results) == 1
+    report.main([], (readme,), results)
+    assert report.main(["--check"], (readme,), results) == 0
     readme.write_text(readme.read_text().replace("8.25", "7.25"))
-    assert report.main(["--check"], (readme,)) == 1
+    assert report.main(["--check"], (readme,), results) == 1
     assert "7.25" in readme.read_text()
 
 
-def test_without_results_the_readme_says_so(readme, tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "load_results", lambda: None)
-    report.main([], (readme,))
-    assert readme.read_text().count(report.NO_RESULTS) == len(report.TABLES)
+def test_check_refuses_a_picture_of_other_results(readme, results):
+    paths = draw(results)
+    assert [path.name for path in paths] == ["micro-floor.png", "micro-batch.png"]
+    report.main([], (readme,), results)
+    link = "![Multiple of the floor on A processor](benchmarks/results/cpu/micro-floor.png)"
+    assert link in readme.read_text().splitlines()
+    assert report.main(["--check"], (readme,), results) == 0
+    table = results / "cpu" / "micro.csv"
+    table.write_text(table.read_text().replace("8.25", "8.26"))
+    assert report.main([], (readme,), results) == 1
+    draw(results)
+    assert report.main(["--check"], (readme,), results) == 0
+
+
+def test_without_results_the_readme_says_so(readme, tmp_path):
+    report.main([], (readme,), tmp_path / "nothing")
+    text = readme.read_text()
+    others = {report.NO_GPU_RESULTS: "gpu", report.NO_PICTURES: "pictures"}
+    assert all(line in text for line in others)
+    assert text.count(report.NO_RESULTS) == len(set(report.TABLES) - set(others.values()))
 
 
 @pytest.mark.parametrize(
@@ -107,7 +148,7 @@ def test_without_results_the_readme_says_so(readme, tmp_path, monkeypatch):
 )
 def test_bad_markers(text, message):
     with pytest.raises(ValueError, match=message):
-        report.render(text, None)
+        report.render(text, report.RESULTS)
 
 
 def test_two_rows_for_one_case_are_refused():
