@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from hvprune._registry import why_unavailable
+
 from ._timing import Cpu, Gpu, device_samples, wall_samples
 
 
@@ -36,7 +38,7 @@ class Ceilings(NamedTuple):
     launch: float  # seconds of the least call: a fill of one element
     copy: dict[int, float]  # bytes moved (read and written) -> bytes per second
     matmul: dict[torch.dtype, float]  # FLOP per second
-    exp: float | None  # exponentials per second
+    exp: float | None  # exponentials per second, None if they are no part of the floor
 
     def copy_rate(self, size: int) -> float:
         return self.copy[min(self.copy, key=lambda moved: max(moved, size) / max(min(moved, size), 1))]
@@ -78,7 +80,7 @@ def measure(machine: Cpu | Gpu, dtypes: Iterable[torch.dtype], budget: float) ->
     if not gpu:  # a CPU may be slower in half precision than kernels that widen to float32
         rates = {dtype: max(rate, rates.get(torch.float32, 0.0)) for dtype, rate in rates.items()}
     exp = None
-    if gpu:
+    if gpu and why_unavailable("triton") is None:
         from ._exp_kernel import EXPS, exponentiate
 
         exp = EXPS / seconds(lambda: exponentiate(one))

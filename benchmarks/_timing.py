@@ -111,7 +111,8 @@ class Gpu:
     clock = staticmethod(time.perf_counter)
 
     def __init__(self, device: str):
-        self.device = torch.device(device)
+        index = torch.device(device).index
+        self.device = torch.device("cuda", torch.cuda.current_device() if index is None else index)
         torch.cuda.set_device(self.device)
         self._flushed = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=self.device)
         self._capturing = torch.cuda.Stream(self.device)

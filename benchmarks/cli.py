@@ -60,24 +60,32 @@ def _plot(parser: argparse.ArgumentParser) -> int:
 
 def _bench(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
     from ._compare import compare, why_incomparable
-    from ._harness import COLUMNS, run
-    from ._results import environment, read_csv, results_path, write_csv
+    from ._harness import COLUMNS, KEYS, run
+    from ._results import ENVIRONMENT, environment, read_csv, results_path, write_csv
 
+    if arguments.tolerance < 1:
+        parser.error(f"--tolerance must be at least 1, got {arguments.tolerance}")
+    try:
+        gpu = torch.empty(1, device=arguments.device).is_cuda
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
+        reason = str(error).splitlines()[0]
+        parser.error(f"device must be one that torch can use here, got {arguments.device!r} ({reason})")
     path = arguments.csv
     if path == STANDARD:
         if arguments.ops or arguments.backends:
             parser.error("--csv must have a PATH with --ops or --backends: the standard file holds every row")
         path = results_path("micro", arguments.device)
-    if arguments.tolerance < 1:
-        parser.error(f"--tolerance must be at least 1, got {arguments.tolerance}")
     try:
         old = read_csv(arguments.compare) if arguments.compare else None
-        facts = environment(arguments.device)
-    except (OSError, RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
+    except OSError as error:
         parser.error(str(error))
+    facts = environment(arguments.device)
     if old is not None and (reason := why_incomparable(old, facts, arguments.relative)):
         parser.error(f"--compare must be a run on this machine, {reason}")
-    gpu = torch.device(arguments.device).type == "cuda"
+    for backend in arguments.backends or ():
+        reason = OPS["gather_tokens"].why_unavailable(backend, "cuda" if gpu else "cpu")
+        if reason:
+            parser.error(f"backend {backend!r} is unavailable: {reason}")
     compiled = arguments.compile if arguments.compile is not None else gpu and not arguments.quick
 
     print(", ".join(f"{name} {value}" for name, value in facts.items() if value))
@@ -96,7 +104,9 @@ def _bench(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> in
         write_csv(path, COLUMNS, rows)
         print(f"wrote {path}")
     if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+        numbers = set(COLUMNS) - {*KEYS, *ENVIRONMENT, "note"} | {"batch"}
+        typed = [{k: (float(v) if v else None) if k in numbers else v for k, v in row.items()} for row in rows]
+        arguments.json.write_text(json.dumps(typed, indent=1) + "\n")
         print(f"wrote {arguments.json}")
     if old is None:
         return 0

@@ -10,6 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 from ._results import RESULTS, Row, committed, picture_metadata
 
@@ -51,7 +52,7 @@ def floor_picture(rows: list[Row]) -> Figure | None:
     axes.invert_yaxis()
     axes.axvline(1, color="black", linewidth=1)
     axes.grid(axis="x", alpha=0.3)
-    axes.legend(fontsize="small")
+    figure.legend(loc="outside lower center", ncols=5, fontsize="small")
     return figure
 
 
@@ -77,9 +78,8 @@ def batch_picture(rows: list[Row]) -> Figure | None:
         axes.set(xscale="log", yscale="log", title=name)
         batches = sorted({int(row["batch"]) for row in shown})
         axes.set_xticks(batches, labels=map(str, batches), minor=False)
-        axes.minorticks_off()
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.grid(alpha=0.3)
-    figure.supxlabel("images, CLIP-L")
     figure.supylabel("µs")
     lines = {line.get_label(): line for axes in figure.axes for line in axes.get_lines()}
     figure.legend(handles=list(lines.values()), loc="outside lower center", ncols=5, fontsize="small")
@@ -111,5 +111,8 @@ def _styles(rows: list[Row]) -> dict[str, dict]:
 
 # By suite and what a picture shows: its title and what draws it from the rows, or None if they do not suffice.
 SUITES: dict[str, dict[str, tuple[str, Callable[[list[Row]], Figure | None]]]] = {
-    "micro": {"floor": ("Multiple of the floor", floor_picture), "batch": ("Time against batch", batch_picture)},
+    "micro": {
+        "floor": ("Multiple of the floor", floor_picture),
+        "batch": ("Time against images of CLIP-L in a batch", batch_picture),
+    },
 }
