@@ -20,11 +20,17 @@ from ._timing import Cpu, Gpu, device_samples, wall_samples
 
 
 class Work(NamedTuple):
-    """What any implementation has to do at least: every input read once, every output written once."""
+    """What any implementation has to do at least: every input read once, every output written once.
+
+    What it takes to measure it only decides whether a case fits in memory: besides inputs and results, ``held`` bytes
+    for the case and ``held_by_baselines`` for those of its rivals that are no ops.
+    """
 
     bytes: int
     flops: int = 0
     exps: int = 0
+    held: int = 0
+    held_by_baselines: int = 0
 
 
 def selection_bytes(batch: int, width: int, num_tokens: int) -> int:

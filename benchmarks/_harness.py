@@ -33,8 +33,9 @@ TOPK = "torch.topk"  # a yardstick that chooses as many tokens by score alone: l
 TURNS = 3  # rivals take turns, so that a slow phase of the machine hits them all
 BUDGET, QUICK_BUDGET = 0.1, 0.02  # seconds of samples per rival, turn and kind of time
 INPUT_SETS = 2  # replays on a GPU rotate through equal inputs at other addresses
-# What a CPU may need for one call of hvprune: beyond, a case is left out; beyond the second, its baselines are.
-MAX_CPU_SECONDS, MAX_CPU_SECONDS_WITH_BASELINES = 3.0, 0.5
+# What a CPU may need for one call of hvprune: beyond, a case is left out; beyond the second, its baselines are. On the
+# 64x64 grid, where a reference and a baseline take longest beside it, more than that leaves out batches and baselines.
+MAX_CPU_SECONDS, MAX_CPU_SECONDS_WITH_BASELINES, MAX_CPU_SECONDS_ON_GRID64 = 3.0, 0.5, 0.01
 
 
 class Rival(NamedTuple):
@@ -124,7 +125,7 @@ def no_worse_than_torch(
 
 
 def plan(module: ModuleType, device: str, quick: bool = False) -> list[Case]:
-    """The cases of a bench file for a device, the dtype that models run in there with baselines.
+    """The cases of a bench file for a device; those in the dtype that models run in there have baselines.
 
     On a GPU that is bfloat16, every shape, batch and dtype runs, if it fits in memory, and baselines run on CLIP-L and
     on single images. On a CPU it is float32, half precision runs on one image of CLIP-L, and what would take seconds
@@ -148,9 +149,12 @@ def plan(module: ModuleType, device: str, quick: bool = False) -> list[Case]:
             wanted = case.dtype is main and single
         else:
             wanted = single or (case.dtype is main and _cpu_seconds(work) <= MAX_CPU_SECONDS)
-            baselines &= case.shape is not GRID64 or _cpu_seconds(work) <= MAX_CPU_SECONDS_WITH_BASELINES / 10
-        # Input sets, a widened copy and what the rivals allocate.
-        if wanted and work.bytes * (INPUT_SETS + 3) <= memory:
+            if case.shape is GRID64 and _cpu_seconds(work) > MAX_CPU_SECONDS_ON_GRID64:
+                wanted &= case.batch == 1
+                baselines = False
+        needed = work.bytes * (INPUT_SETS + 3) + work.held  # a widened copy, and what the rivals allocate
+        if wanted and needed <= memory:
+            baselines &= needed + work.held_by_baselines <= memory
             names = [name for name in case.baselines if baselines and (gpu or name != FLASH)]
             chosen.append(case._replace(device=device, baselines=tuple(names)))
     return chosen
@@ -159,7 +163,7 @@ def plan(module: ModuleType, device: str, quick: bool = False) -> list[Case]:
 def _memory(device: str) -> float:
     if torch.device(device).type == "cuda":
         return 0.8 * torch.cuda.mem_get_info(device)[0]
-    return 0.25 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return 0.5 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _cpu_seconds(work) -> float:

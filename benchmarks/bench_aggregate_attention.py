@@ -21,7 +21,10 @@ def work(case: Case) -> Work:
     shape, cls = case.shape, case.setting == CLS_ROW
     rows = case.batch * shape.num_heads * (1 if cls else LAYERS * shape.length)
     entries = rows * shape.num_tokens
-    return Work(entries * case.dtype.itemsize + 4 * case.batch * shape.num_tokens, flops=entries)
+    moved = entries * case.dtype.itemsize + 4 * case.batch * shape.num_tokens
+    # Whole maps are made, each from scores and a softmax in float32.
+    layer, layers = case.batch * shape.num_heads * shape.length**2, 1 if cls else LAYERS
+    return Work(moved, flops=entries, held=layer * (layers * case.dtype.itemsize + 8))
 
 
 def rivals(case: Case) -> dict[str, Rival]:

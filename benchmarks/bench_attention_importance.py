@@ -25,7 +25,10 @@ def work(case: Case) -> Work:
     rows = 1 if cls else shape.length
     entries = heads * rows * shape.length
     moved = heads * (rows + shape.length) * shape.head_dim * case.dtype.itemsize + 4 * case.batch * shape.num_tokens
-    return Work(moved, flops=2 * entries * shape.head_dim, exps=entries)
+    # The released maps of an image, to know PyTorch's error; as a rival, those of all images, and a copy of them.
+    maps = shape.num_heads * shape.length**2 * (2 if cls else 2 * LAYERS + 1) * case.dtype.itemsize
+    flops = 2 * entries * shape.head_dim
+    return Work(moved, flops, exps=entries, held=maps, held_by_baselines=case.batch * maps)
 
 
 def oracle(case: Case, queries: list, keys: list, **rows) -> torch.Tensor:

@@ -16,7 +16,9 @@ def work(case: Case) -> Work:
     importance = bench_attention_importance.work(case)
     width = bench_hierarchical_select.most_kept(shape.grid)
     result = selection_bytes(case.batch, width, shape.num_tokens)
-    return importance._replace(bytes=importance.bytes - 4 * case.batch * shape.num_tokens + result)
+    in_float64 = importance.held_by_baselines * 8 // case.dtype.itemsize
+    moved = importance.bytes - 4 * case.batch * shape.num_tokens + result
+    return importance._replace(bytes=moved, held=0, held_by_baselines=in_float64)
 
 
 def released(queries, keys, grid, prefix):

@@ -18,7 +18,8 @@ def work(case: Case) -> Work:
     total, size = case.shape.num_tokens, case.dtype.itemsize
     left = rounds(total, num_tokens, ratio)[0]
     moved = case.batch * total * (case.shape.num_features + 1) * size + selection_bytes(case.batch, num_tokens, total)
-    return Work(moved, flops=case.batch * left * (left - 1) * case.shape.num_features)
+    similarity = case.batch * total**2
+    return Work(moved, flops=case.batch * left * (left - 1) * case.shape.num_features, held=16 * similarity)
 
 
 def plain(features, importance, num_tokens, ratio):
