@@ -73,13 +73,14 @@ def load_photos(paths: list[Path], size: tuple[int, int], count: int) -> list[Im
     return [photos[i % len(photos)] for i in range(count)]
 
 
+_BEFORE, _AFTER = "USER: ", "\nWhat is in this picture, and what is odd about it? Answer in a few words. "
+LEAST_TEXT_TOKENS = len(_BEFORE) + 1
+
+
 def ask(processor, photos: list[Image.Image], text_tokens: int) -> dict[str, Tensor]:
     """Model inputs: every photo with exactly ``text_tokens`` tokens of text around it (the tokenizer is byte-level)."""
-    before, after = "USER: ", "\nWhat is in this picture, and what is odd about it? Answer in a few words. "
-    question = (after * (text_tokens // len(after) + 1))[: text_tokens - len(before)]
-    if not question:
-        raise ValueError(f"--text-tokens must be at least {len(before) + 1}, got {text_tokens}")
-    text = [f"{before}{processor.image_token}{question}"] * len(photos)
+    question = (_AFTER * (text_tokens // len(_AFTER) + 1))[: text_tokens - len(_BEFORE)]
+    text = [f"{_BEFORE}{processor.image_token}{question}"] * len(photos)
     return dict(processor(images=photos, text=text, return_tensors="pt"))
 
 

@@ -50,15 +50,20 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         import transformers
 
+        from ._pipelines import LEAST_TEXT_TOKENS
         from ._suite import Suite
     except ImportError as error:
         return _fail(f"needs transformers 5.17 or newer (pip install 'hvprune[llava]'): {error}")
     photos = arguments.photos or sorted(ROOT.glob("examples/*.jpg"))
-    photos = [path for path in photos if not path.stem.endswith("_pruned")]
     if not photos:
         return _fail("--photos must be given outside of a checkout, got none")
-    if arguments.new_tokens < 2:
-        return _fail(f"--new-tokens must be at least 2, got {arguments.new_tokens}")
+    missing = [path for path in photos if not path.is_file()]
+    if missing:
+        return _fail(f"--photos must be images, got {missing[0]}")
+    for name, least in (("batch", 1), ("new_tokens", 2), ("text_tokens", LEAST_TEXT_TOKENS)):
+        value = min(arguments.batch) if name == "batch" else getattr(arguments, name)
+        if value < least:
+            return _fail(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
     transformers.logging.set_verbosity_error()  # it warns of settings that are meant
     suite = Suite(arguments, photos, transformers.__version__)
     presets = PRESETS if "all" in arguments.preset else arguments.preset

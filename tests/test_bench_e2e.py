@@ -1,0 +1,242 @@
+"""hvprune bench e2e on tiny models: its rows, its checks, and that it refuses what is wrong."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from hvprune import VisPruner
+from hvprune.benchmarks import _pipelines, _suite, e2e
+from hvprune.benchmarks._pipelines import Prompt, StaticLoop, Variant, load_photos, milliseconds, variants
+from hvprune.benchmarks._results import ROOT
+from hvprune.benchmarks.flops import paper_flops, prefill_flops, projector_flops, tower_flops
+from hvprune.integrations.random_models import random_model
+
+PHOTOS = sorted(ROOT.glob("examples/*.jpg"))
+SIZES = {"tiny": (640, 480), "tiny-next": (1000, 750)}
+GPU_ONLY = {"peak_mb", "driver", "cuda", "triton"}
+
+
+@pytest.fixture(scope="module")
+def models():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield {name: random_model(name) for name in SIZES}
+    torch.set_num_threads(threads)
+
+
+def opened(models, preset, variant, batch=2, text_tokens=40):
+    photos = load_photos(PHOTOS, SIZES[preset], batch)
+    return Prompt.opened(*models[preset], variant, photos, text_tokens)
+
+
+def parse(*arguments):
+    parser = argparse.ArgumentParser()
+    e2e.add_parser(parser.add_subparsers())
+    return parser.parse_args(["e2e", "--device", "cpu", *arguments])
+
+
+def run(tmp_path, *arguments):
+    """Exit status, rows and the tower's rows."""
+    path = tmp_path / "e2e.csv"
+    status = e2e.run(parse("--csv", str(path), *arguments))
+    tables = [path, tmp_path / "e2e_tower.csv"]
+    return status, *([*csv.DictReader(table.open(newline=""))] if table.exists() else [] for table in tables)
+
+
+def test_quick_run(tmp_path, capsys):
+    status, rows, towers = run(tmp_path, "--preset", "tiny", "--quick", "--new-tokens", "4")
+    assert status == 0, capsys.readouterr().out
+    eager = ["unpruned", "hvprune HIVTP", "hvprune VisPruner 128", "hvprune HIVTP 288"]
+    assert [(row["mode"], row["variant"]) for row in rows] == [
+        *[("eager", name) for name in eager],
+        *[("static", name) for name in eager if name != "hvprune HIVTP"],
+    ]
+    for row in rows:
+        empty = {name for name, value in row.items() if not value}
+        assert empty == GPU_ONLY | ({"pruning_percent"} if row["variant"] == "unpruned" else set())
+        visual, prompt = int(row["visual_tokens"]), int(row["prompt_tokens"])
+        assert prompt == visual + 40 and row["text_tokens"] == "40" and row["new_tokens"] == "4"
+        words = row["variant"].split()
+        if words[-1].isdigit() or words == ["unpruned"]:
+            assert visual == (576 if words == ["unpruned"] else int(words[-1]))
+        else:
+            assert 252 <= visual <= 288
+        allocated = prompt + (row["mode"] == "static")
+        assert float(row["kv_cache_mb"]) == pytest.approx(2 * 2 * allocated * 64 * 4 / 1e6, rel=1e-4)
+        stages = sum(float(row[f"{stage}_ms"]) for stage in _suite.STAGES)
+        assert stages == pytest.approx(float(row["split_ttft_ms"]), rel=0.3)
+        assert 0 < float(row["ttft_p20_ms"]) <= float(row["ttft_ms"]) <= float(row["ttft_p80_ms"])
+        assert float(row["tokens_per_second"]) == pytest.approx(4000 / float(row["generation_ms"]), rel=1e-3)
+    assert [row["tower"] for row in towers] == ["stock", "hooks", "hooks, last layer skipped"]
+
+
+@pytest.mark.parametrize("preset", SIZES)
+@pytest.mark.parametrize("variant", [Variant("unpruned"), Variant("VisPruner", VisPruner(40))], ids=lambda v: v.name)
+def test_static_loop_equals_generate(models, preset, variant):
+    with torch.no_grad(), opened(models, preset, variant, batch=1 if preset == "tiny-next" else 2) as prompt:
+        expected = prompt.generate(6).sequences[:, -6:]
+        loop = StaticLoop(prompt, 6, capture=False)
+        for _ in range(2):  # again, on the same buffers
+            assert torch.equal(loop.generate(), expected)
+            assert loop.first_token() == expected[:, :1].tolist()
+        _suite.verify_loop(prompt, loop)
+
+
+@pytest.mark.parametrize("preset", SIZES)
+def test_every_variant_is_verified(models, preset):
+    """By hand, bit for bit, at batch 2 with photos that differ; the names say what is kept of a photo."""
+    tiles = 5 if preset == "tiny-next" else 1
+    names = set()
+    for variant in variants(tiles):
+        with torch.no_grad(), opened(models, preset, variant) as prompt:
+            suite = _suite.Suite(parse(), PHOTOS, "")
+            suite.model = prompt.model
+            width, _ = suite._verify(prompt, "eager")
+            newlines = 36 if preset == "tiny-next" and not variant.released else 0
+            if variant.name.split()[-1].isdigit():
+                assert width == 40 + int(variant.name.split()[-1]) + newlines
+        names.add(variant.name)
+    assert len(names) == (9 if tiles == 1 else 7)
+
+
+@pytest.mark.parametrize("mistake", ["row", "count", "selection"])
+def test_a_wrong_prompt_is_refused(tmp_path, monkeypatch, capsys, mistake):
+    """Rows whose pruning is wrong are not in the CSV; those that do not prune are."""
+    from hvprune.integrations import llava
+
+    right = llava.gather
+    if mistake == "row":
+        monkeypatch.setattr(llava, "gather", lambda features, indices: right(features, indices).roll(1, 1))
+    elif mistake == "count":
+        right_counts = llava.PrunedLlava._patch_processor
+        monkeypatch.setattr(llava.PrunedLlava, "_self_check", lambda *_: None)
+
+        def one_less(handle, processor):
+            right_counts(handle, processor)
+            processor.num_additional_image_tokens -= 1
+
+        monkeypatch.setattr(llava.PrunedLlava, "_patch_processor", one_less)
+    else:
+        select = llava.PrunedLlava._select
+        monkeypatch.setattr(llava.PrunedLlava, "_select", lambda self, call, q, k, x: select(self, call, k, q, x))
+    arguments = ["--preset", "tiny", "--batch", "1", "--new-tokens", "2", "--modes", "eager", "--quick"]
+    status, rows, _ = run(tmp_path, *arguments, "--methods", "unpruned", "vispruner")
+    assert status == 1
+    assert "NOT MEASURED" in capsys.readouterr().out
+    assert {row["variant"] for row in rows} == {"unpruned", "released VisPruner 128"}
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        ("stale features", "80 of 160 tokens of the prompt are not those by hand"),
+        ("position", "logits of the last token are off by"),
+        ("cache length", "tokens in the cache"),
+    ],
+)
+def test_a_wrong_loop_is_refused(models, mistake, message):
+    with torch.no_grad(), opened(models, "tiny", Variant("VisPruner", VisPruner(40))) as prompt:
+        loop = StaticLoop(prompt, 6, capture=False)
+        loop.generate()
+        if mistake == "stale features":
+            loop.features = loop.features.roll(1, 0)
+            loop.encode = lambda: None
+        elif mistake == "position":
+            loop.decode = lambda: (loop.position.add_(7), loop._decode())
+        else:
+            loop.decode = lambda: (loop.lengths.sub_(1), loop._decode())
+        with pytest.raises(AssertionError, match=message):
+            _suite.verify_loop(prompt, loop)
+
+
+def test_captured_row(models, tmp_path, monkeypatch):
+    """Its path on a CPU, where the steps themselves stand for their graphs."""
+    monkeypatch.setattr(_pipelines, "_captured", lambda step, marks: step)
+    arguments = parse("--new-tokens", "4", "--csv", str(tmp_path / "e2e.csv"), "--quick")
+    suite = _suite.Suite(arguments, PHOTOS, "")
+    suite.preset, suite.photo_size = "tiny", SIZES["tiny"]
+    suite.model, suite.processor = models["tiny"]
+    with torch.no_grad():
+        suite.measure_first(_suite.Job("first", 2, Variant("VisPruner 40", VisPruner(40)), "captured"))
+    (row,) = suite.rows.values()
+    assert row["visual_tokens"] == "40" and float(row["tokens_per_second"]) > 0
+    assert float(row["kv_cache_mb"]) == pytest.approx(2 * 2 * 2 * (80 + 4) * 64 * 4 / 1e6, rel=1e-4)
+    assert all(float(row[f"{stage}_ms"]) > 0 for stage in ("tower", "select", "projector", "merge", "prefill"))
+
+
+def test_a_failing_step_leaves_the_other_rows(tmp_path, monkeypatch, capsys):
+    right = Prompt.generate
+
+    def generate(prompt, new_tokens, static=False, **options):
+        if static:
+            raise RuntimeError("no static caches today")
+        return right(prompt, new_tokens, static=static, **options)
+
+    monkeypatch.setattr(Prompt, "generate", generate)
+    status, rows, _ = run(tmp_path, "--preset", "tiny", "--new-tokens", "2", "--quick", "--methods", "unpruned")
+    assert status == 1
+    assert [row["mode"] for row in rows] == ["eager"] and rows[0]["tokens_per_second"]
+    printed = capsys.readouterr().out
+    assert "static first unpruned: NOT MEASURED: no static caches today" in printed
+
+
+def test_time_limit(tmp_path, capsys):
+    status, rows, _ = run(tmp_path, "--preset", "tiny", "--time-limit", "0")
+    assert status == 1 and not rows
+    assert "steps left out, from batch 1 eager first unpruned" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--new-tokens", "1"], "--new-tokens must be at least 2, got 1"),
+        (["--text-tokens", "6"], "--text-tokens must be at least 7, got 6"),
+        (["--batch", "0"], "--batch must be at least 1, got 0"),
+        (["--photos", "no.jpg"], "--photos must be images, got no.jpg"),
+    ],
+)
+def test_arguments_that_do_not_work(tmp_path, capsys, arguments, message):
+    assert run(tmp_path, "--preset", "tiny", *arguments) == (2, [], [])
+    assert message in capsys.readouterr().err
+
+
+def test_stages_add_up():
+    marks = [("rest", 0.0), ("tower", 1.0), ("select", 3.0), ("tower", 4.0), ("select", 4.5), ("end", 5.0)]
+    assert milliseconds(marks) == {"rest": 1000.0, "tower": 2500.0, "select": 1500.0}
+
+
+def counted(call) -> int:
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+def test_flops_equal_those_of_the_counter(models):
+    model, _ = models["tiny"]
+    config, text = model.config, model.config.get_text_config()
+    tower, projector = model.model.vision_tower, model.model.multi_modal_projector
+    pixels = torch.zeros(2, 3, 336, 336)
+    assert tower_flops(config.vision_config, 2, 12) == counted(lambda: tower(pixels))
+    layer = tower.encoder.layers[-1]
+    layer.forward = lambda hidden_states, *args, **kwargs: hidden_states
+    try:
+        assert tower_flops(config.vision_config, 2, 11) == counted(lambda: tower(pixels))
+    finally:
+        del layer.forward
+    rows = torch.zeros(2, 50, 64)
+    assert projector_flops(config.vision_config, text, 100) == counted(lambda: projector(rows))
+    assert prefill_flops(text, 2, 50) == counted(lambda: model(inputs_embeds=rows, logits_to_keep=1))
+
+
+@pytest.mark.parametrize(("kept", "percent"), [(288, 50.7), (192, 67.3), (128, 78.3), (64, 89.2), (32, 94.6)])
+def test_flops_as_the_papers_count_them(kept, percent):
+    from transformers import LlamaConfig
+
+    text = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32)
+    assert 100 * (1 - paper_flops(text, kept) / paper_flops(text, 576)) == pytest.approx(percent, abs=0.05)
