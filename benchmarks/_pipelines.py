@@ -251,6 +251,11 @@ class Prompt:
         return [image[~image.isnan().any(-1)] for image in packed]
 
 
+# A call to its replay and its result: _timing.Gpu.capture.
+Capture = Callable[[Callable[[], object]], tuple[Callable[[], None], object]]
+Marks = list[tuple[str, "float | torch.cuda.Event"]]  # a stage and the moment it begins
+
+
 class StaticLoop:
     """Prefill and greedy decoding whose shapes never change: on a GPU, replays of captured CUDA graphs.
 
@@ -259,7 +264,7 @@ class StaticLoop:
     criteria are looked at.
     """
 
-    def __init__(self, prompt: Prompt, new_tokens: int, *, capture: bool, marks: Marks | None = None):
+    def __init__(self, prompt: Prompt, new_tokens: int, capture: Capture | None, marks: Marks | None = None):
         model, ids = prompt.model, prompt.inputs["input_ids"]
         text, (batch, length) = model.config.get_text_config(), ids.shape
         self.prompt, self.new_tokens, self.ids = prompt, new_tokens, ids
@@ -277,12 +282,12 @@ class StaticLoop:
         self.position, self.token = torch.zeros_like(ids[:, :1]), torch.zeros_like(ids[:, :1])
         self.embeds = self.first_logits = self.logits = None  # what the language model got, and gave first and last
         self.encode, self.prefill, self.decode = self._encode, self._prefill, self._decode
-        if capture:
+        if capture is not None:
             if not prompt.tiled:
-                self.encode = _captured(self._encode, marks)
-            self.prefill = _captured(self._prefill, marks)
+                self.encode = _captured(self._encode, capture, marks)
+            self.prefill = _captured(self._prefill, capture, marks)
             if marks is None:  # with marks only the way to the first token matters
-                self.decode = _captured(self._decode, None)
+                self.decode = _captured(self._decode, capture, marks)
 
     def _encode(self) -> None:
         features = self.prompt.core.get_image_features(**self.prompt.vision, return_dict=True).pooler_output
@@ -323,6 +328,22 @@ class StaticLoop:
         return torch.cat(tokens, 1)
 
 
+def _captured(step: Callable[[], None], capture: Capture, marks: Marks | None) -> Callable[[], None]:
+    """The step as a CUDA graph. It runs a few times before it is captured; the marks kept are those in the graph."""
+    marks = [] if marks is None else marks
+
+    def run() -> Marks:
+        start = len(marks)
+        step()
+        made = marks[start:]
+        del marks[start:]
+        return made
+
+    replay, made = capture(run)
+    marks.extend(made)
+    return replay
+
+
 class _FixedCache(StaticCache):
     """Says that it is empty without asking the device, which a capture forbids and the causal mask needs to know."""
 
@@ -340,26 +361,7 @@ class _FixedCache(StaticCache):
         return 0 if self._empty else super().get_seq_length(layer_idx)
 
 
-def _captured(step: Callable[[], None], marks: Marks | None) -> Callable[[], None]:
-    """The step as a CUDA graph, after two runs on a side stream. Only marks of the capture itself are kept."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    before = list(marks or ())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    if marks is not None:
-        marks[:] = before
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
-
-
 # Where the time goes
-
-Marks = list[tuple[str, "float | torch.cuda.Event"]]  # a stage and the moment it begins
 
 
 def mark(marks: Marks, stage: str, device: torch.device) -> None:

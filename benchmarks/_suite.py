@@ -14,7 +14,6 @@ import torch
 from hvprune import HIVTP
 from hvprune.integrations.random_models import ARCHITECTURES, random_model
 
-from ._harness import peak_extra_mb
 from ._pipelines import (
     Prompt,
     StaticLoop,
@@ -29,6 +28,7 @@ from ._pipelines import (
     watched,
 )
 from ._results import ENVIRONMENT, environment, results_path, write_csv
+from ._timing import machine_of
 from .e2e import MODES
 from .flops import prefill_flops, tower_flops
 
@@ -66,7 +66,8 @@ class Suite:
     def __init__(self, arguments: argparse.Namespace, photos: list[Path], transformers_version: str):
         self.arguments, self.photos = arguments, photos
         self.device = torch.device(arguments.device)
-        self.gpu = self.device.type == "cuda"
+        self.machine = machine_of(arguments.device)
+        self.gpu = self.machine.type == "cuda"
         name = arguments.dtype or ("bfloat16" if self.gpu else "float32")
         self.dtype = getattr(torch, name)
         self.path = arguments.csv or results_path("e2e", arguments.device)
@@ -80,7 +81,7 @@ class Suite:
         self.preset, self.family = preset, ARCHITECTURES[preset][0]
         self.photo_size = PHOTO_SIZES[self.family]
         self.model, self.processor = random_model(preset, dtype=self.dtype, device=self.device)
-        self._synchronize()
+        self.machine.synchronize()
         print(f"{preset}: random weights in {time.monotonic() - started:.1f} s", flush=True)
         # Every photo of LLaVA-NeXT's size makes five tiles.
         jobs = self.plan(variants(5 if self.family == "LlavaNext" else 1))
@@ -151,7 +152,8 @@ class Suite:
 
     def _measure_captured(self, job: Job, prompt) -> None:
         loops = []
-        peak = self._peak(lambda: loops.append(StaticLoop(prompt, self.arguments.new_tokens, capture=True)))
+        new_tokens, capture = self.arguments.new_tokens, self.machine.capture
+        peak = self._peak(lambda: loops.append(StaticLoop(prompt, new_tokens, capture)))
         loop = loops.pop()
         verify_loop(prompt, loop)
         row = self._row(job, prompt, loop.ids.shape[1], cache_bytes(loop.cache)) | peak
@@ -161,7 +163,7 @@ class Suite:
         del loop
         captured = []  # by a second pair of graphs, with the marks inside
         with watched(prompt.model, captured):
-            marked = StaticLoop(prompt, self.arguments.new_tokens, capture=True, marks=captured)
+            marked = StaticLoop(prompt, new_tokens, capture, captured)
 
         def first_token(marks):
             marked.first_token()
@@ -186,9 +188,9 @@ class Suite:
                         with watched(self.model, marks):
                             for _ in range(2 if turn else 4):
                                 marks.clear()
-                                self._synchronize()
+                                self.machine.synchronize()
                                 prompt.core.get_image_features(**prompt.vision, return_dict=True)
-                                self._synchronize()
+                                self.machine.synchronize()
                                 samples[name].append(milliseconds(marks)["tower"] / 1e3)
         finally:
             config.vision_feature_layer = feature_layer
@@ -263,9 +265,9 @@ class Suite:
 
         with watched(self.model, marks):
             for _ in range(2 if self.arguments.quick else 5):
-                self._synchronize()
+                self.machine.synchronize()
                 once()
-                self._synchronize()
+                self.machine.synchronize()
                 runs.append(milliseconds(marks))
         for stage in STAGES:
             row[f"{stage}_ms"] = quantiles([run[stage] / 1e3 for run in runs])[0]
@@ -279,28 +281,19 @@ class Suite:
         """Seconds per call, waiting for the device: ``least`` calls, more up to ``most`` or ``budget`` seconds."""
         seconds: list[float] = []
         while len(seconds) < least or (len(seconds) < most and sum(seconds) < budget):
-            self._synchronize()
+            self.machine.synchronize()
             start = time.perf_counter()
             result = call()
-            self._synchronize()
+            self.machine.synchronize()
             seconds.append(time.perf_counter() - start)
             del result
         return seconds
 
-    def _synchronize(self) -> None:
-        if self.gpu:
-            torch.cuda.synchronize(self.device)
-
     def _peak(self, call: Callable) -> dict[str, str]:
-        """On a GPU the most that torch has allocated during a call, weights included, and what the call adds."""
-        if not self.gpu:
-            return {"peak_extra_mb": number(peak_extra_mb(call))}
-        self._synchronize()
-        torch.cuda.reset_peak_memory_stats(self.device)
-        before = torch.cuda.memory_allocated(self.device)
-        call()
-        peak = torch.cuda.max_memory_allocated(self.device)
-        return {"peak_mb": number(peak / 1e6), "peak_extra_mb": number((peak - before) / 1e6)}
+        """Memory that the call adds at its highest point, and that with the weights."""
+        weights = sum(x.nbytes for x in (*self.model.parameters(), *self.model.buffers())) / 1e6
+        extra = self.machine.peak_extra_mb(call)
+        return {"peak_mb": number(weights + extra), "peak_extra_mb": number(extra)}
 
     def _write(self) -> None:
         write_csv(self.path, COLUMNS, self.rows.values())

@@ -29,7 +29,7 @@ def prefill_flops(text, batch: int, length: int) -> int:
     return round(batch * (text.num_hidden_layers * (projections + attention + mlp) + 2 * width * text.vocab_size))
 
 
-def paper_flops(text, tokens: int) -> int:
-    """What VisPruner's paper counts: L * (4 n d^2 + 2 n^2 d + 2 n d m) for the n visual tokens alone."""
+def visual_prefill_macs(text, tokens: int) -> int:
+    """The usual estimate for the visual tokens alone, L * (4 n d^2 + 2 n^2 d + 2 n d m); a multiply-add is one."""
     width, inner = text.hidden_size, text.intermediate_size
     return text.num_hidden_layers * (4 * tokens * width**2 + 2 * tokens**2 * width + 2 * tokens * width * inner)

@@ -14,12 +14,13 @@ from hvprune import VisPruner
 from hvprune.benchmarks import _pipelines, _suite, e2e
 from hvprune.benchmarks._pipelines import Prompt, StaticLoop, Variant, load_photos, milliseconds, variants
 from hvprune.benchmarks._results import ROOT
-from hvprune.benchmarks.flops import paper_flops, prefill_flops, projector_flops, tower_flops
+from hvprune.benchmarks._timing import Cpu
+from hvprune.benchmarks.flops import prefill_flops, projector_flops, tower_flops, visual_prefill_macs
 from hvprune.integrations.random_models import random_model
 
 PHOTOS = sorted(ROOT.glob("examples/*.jpg"))
 SIZES = {"tiny": (640, 480), "tiny-next": (1000, 750)}
-GPU_ONLY = {"peak_mb", "driver", "cuda", "triton"}
+GPU_ONLY = {"driver", "cuda", "triton"}
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +82,7 @@ def test_quick_run(tmp_path, capsys):
 def test_static_loop_equals_generate(models, preset, variant):
     with torch.no_grad(), opened(models, preset, variant, batch=1 if preset == "tiny-next" else 2) as prompt:
         expected = prompt.generate(6).sequences[:, -6:]
-        loop = StaticLoop(prompt, 6, capture=False)
+        loop = StaticLoop(prompt, 6, None)
         for _ in range(2):  # again, on the same buffers
             assert torch.equal(loop.generate(), expected)
             assert loop.first_token() == expected[:, :1].tolist()
@@ -142,7 +143,7 @@ def test_a_wrong_prompt_is_refused(tmp_path, monkeypatch, capsys, mistake):
 )
 def test_a_wrong_loop_is_refused(models, mistake, message):
     with torch.no_grad(), opened(models, "tiny", Variant("VisPruner", VisPruner(40))) as prompt:
-        loop = StaticLoop(prompt, 6, capture=False)
+        loop = StaticLoop(prompt, 6, None)
         loop.generate()
         if mistake == "stale features":
             loop.features = loop.features.roll(1, 0)
@@ -155,19 +156,39 @@ def test_a_wrong_loop_is_refused(models, mistake, message):
             _suite.verify_loop(prompt, loop)
 
 
-def test_captured_row(models, tmp_path, monkeypatch):
-    """Its path on a CPU, where the steps themselves stand for their graphs."""
-    monkeypatch.setattr(_pipelines, "_captured", lambda step, marks: step)
-    arguments = parse("--new-tokens", "4", "--csv", str(tmp_path / "e2e.csv"), "--quick")
-    suite = _suite.Suite(arguments, PHOTOS, "")
-    suite.preset, suite.photo_size = "tiny", SIZES["tiny"]
-    suite.model, suite.processor = models["tiny"]
-    with torch.no_grad():
-        suite.measure_first(_suite.Job("first", 2, Variant("VisPruner 40", VisPruner(40)), "captured"))
-    (row,) = suite.rows.values()
-    assert row["visual_tokens"] == "40" and float(row["tokens_per_second"]) > 0
-    assert float(row["kv_cache_mb"]) == pytest.approx(2 * 2 * 2 * (80 + 4) * 64 * 4 / 1e6, rel=1e-4)
-    assert all(float(row[f"{stage}_ms"]) > 0 for stage in ("tower", "select", "projector", "merge", "prefill"))
+class PretendedGpu(Cpu):
+    """A CPU that captures: the step runs a few times beforehand, as on a GPU, and a replay leaves no marks."""
+
+    type = "cuda"
+
+    def capture(self, step):
+        for _ in range(2):
+            step()
+        result = step()
+
+        def replay():
+            with pytest.MonkeyPatch.context() as context:
+                context.setattr(_pipelines, "mark", lambda *_: None)
+                step()
+
+        return replay, result
+
+
+def test_captured_rows(tmp_path, monkeypatch, capsys):
+    """The plan of a GPU, in bfloat16; the stages come from the marks made in capturing, each once and in order."""
+    monkeypatch.setattr(_suite, "machine_of", lambda device: PretendedGpu())
+    seen = []
+    monkeypatch.setattr(_suite, "milliseconds", lambda marks: seen.append([*marks]) or milliseconds(marks))
+    arguments = ["--preset", "tiny", "--batch", "2", "--new-tokens", "4", "--quick", "--modes", "captured"]
+    status, rows, _ = run(tmp_path, *arguments)
+    assert status == 0, capsys.readouterr().out
+    assert [row["variant"] for row in rows] == ["unpruned", "hvprune VisPruner 128", "hvprune HIVTP 288"]
+    for row, visual in zip(rows, (576, 128, 288), strict=True):
+        assert row["dtype"] == "bfloat16" and row["visual_tokens"] == str(visual)
+        assert all(row[name] for name in set(row) - GPU_ONLY - {"pruning_percent"})
+        assert float(row["kv_cache_mb"]) == pytest.approx(2 * 2 * 2 * (visual + 40 + 4) * 64 * 2 / 1e6, rel=1e-4)
+    stages = ["rest", "tower", "select", "projector", "merge", "prefill", "rest", "end"]
+    assert [[stage for stage, _ in marks] for marks in seen if marks[0][0] == "rest"] == [stages] * 6
 
 
 def test_a_failing_step_leaves_the_other_rows(tmp_path, monkeypatch, capsys):
@@ -239,4 +260,6 @@ def test_flops_as_the_papers_count_them(kept, percent):
     from transformers import LlamaConfig
 
     text = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32)
-    assert 100 * (1 - paper_flops(text, kept) / paper_flops(text, 576)) == pytest.approx(percent, abs=0.05)
+    assert 100 * (1 - visual_prefill_macs(text, kept) / visual_prefill_macs(text, 576)) == pytest.approx(
+        percent, abs=0.05
+    )
