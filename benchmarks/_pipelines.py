@@ -428,8 +428,11 @@ def cache_bytes(cache) -> int:
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
-def last_logits(model, embeds: Tensor, math: bool = False) -> Tensor:
-    """Logits after the last of unpadded embeddings, in one pass; ``math``: with PyTorch's slowest attention."""
-    with sdpa_kernel(SDPBackend.MATH) if math else contextlib.nullcontext():
-        # With a cache, because without one transformers looks for packed sequences and makes a mask.
-        return model(inputs_embeds=embeds, use_cache=True, logits_to_keep=1).logits[:, -1]
+def last_logits(model, embeds: Tensor, otherwise: bool = False) -> Tensor:
+    """Logits after the last of unpadded embeddings. ``otherwise``: with PyTorch's slowest attention, the last token in a
+    pass of its own; what this changes is rounding."""
+    with sdpa_kernel(SDPBackend.MATH) if otherwise else contextlib.nullcontext():
+        cache = DynamicCache(config=model.config)  # without one transformers looks for packed sequences
+        for part in embeds.tensor_split([-1], dim=1) if otherwise else [embeds]:
+            output = model(inputs_embeds=part, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return output.logits[:, -1]

@@ -40,6 +40,7 @@ def add_parser(commands) -> None:
     add("--dtype", choices=("float32", "float16", "bfloat16"), help="bfloat16 on a GPU, float32 on a CPU")
     add("--csv", type=Path, metavar="PATH", help="benchmarks/results/<cpu or GPU>/e2e.csv by default; the vision "
         "tower's rows go beside it, to <name>_tower.csv")  # fmt: skip
+    add("--keep", type=Path, metavar="CSV", help="rows of an earlier run to write too, unless this run measures them")
     add("--time-limit", type=float, metavar="S", help="stop after so many seconds; the presets share them")
     add("--quick", action="store_true", help="batch 1, four variants, few repeats")
     parser.set_defaults(run=run)
@@ -57,9 +58,10 @@ def run(arguments: argparse.Namespace) -> int:
     photos = arguments.photos or sorted(ROOT.glob("examples/*.jpg"))
     if not photos:
         return _fail("--photos must be given outside of a checkout, got none")
-    missing = [path for path in photos if not path.is_file()]
-    if missing:
-        return _fail(f"--photos must be images, got {missing[0]}")
+    for name, paths in (("photos", photos), ("keep", [arguments.keep] if arguments.keep else [])):
+        missing = [path for path in paths if not path.is_file()]
+        if missing:
+            return _fail(f"--{name} must be a file, got {missing[0]}")
     for name, least in (("batch", 1), ("new_tokens", 2), ("text_tokens", LEAST_TEXT_TOKENS)):
         value = min(arguments.batch) if name == "batch" else getattr(arguments, name)
         if value < least:
@@ -71,8 +73,8 @@ def run(arguments: argparse.Namespace) -> int:
     for i, preset in enumerate(presets):
         now = time.monotonic()
         suite.run(preset, None if end is None else now + (end - now) / (len(presets) - i))
-    print(f"\nwritten: {suite.path}" if suite.rows else "\nnothing measured")
-    return 1 if suite.failures or not suite.rows else 0
+    print(f"\nwritten: {suite.path}" if suite.measured else "\nnothing measured")
+    return 1 if suite.failures or not suite.measured else 0
 
 
 def _fail(message: str) -> int:

@@ -207,6 +207,26 @@ def test_a_failing_step_leaves_the_other_rows(tmp_path, monkeypatch, capsys):
     assert "static first unpruned: NOT MEASURED: no static caches today" in printed
 
 
+def test_rows_of_an_earlier_run_stay(tmp_path):
+    arguments = ["--preset", "tiny", "--new-tokens", "2", "--quick", "--modes", "eager", "--methods"]
+    _, first, _ = run(tmp_path, *arguments, "unpruned")
+    (tmp_path / "second").mkdir()
+    _, both, towers = run(tmp_path / "second", *arguments, "vispruner", "--keep", str(tmp_path / "e2e.csv"))
+    assert both[:1] == first and [row["variant"] for row in both[1:]] == [
+        "hvprune VisPruner 128", "released VisPruner 128", "hvprune VisPruner 192", "hvprune VisPruner 64",
+    ]  # fmt: skip
+    assert len(towers) == 3
+
+
+def test_the_most_wanted_rows_come_first():
+    suite = _suite.Suite(parse(), PHOTOS, "")
+    jobs = suite.plan(variants(1))
+    assert len(jobs) == len(set(jobs)) == 3 * (2 * 9 + 2 * 6 + 1)
+    batches = [job.batch for job in jobs[: 3 * 15]]
+    assert batches == sorted(batches, key=[1, 16, 4].index) and {job.mode for job in jobs[: 3 * 15]} == {"eager", ""}
+    assert {job.mode for job in jobs[-3 * 12 :]} == {"static"}
+
+
 def test_time_limit(tmp_path, capsys):
     status, rows, _ = run(tmp_path, "--preset", "tiny", "--time-limit", "0")
     assert status == 1 and not rows
@@ -219,7 +239,8 @@ def test_time_limit(tmp_path, capsys):
         (["--new-tokens", "1"], "--new-tokens must be at least 2, got 1"),
         (["--text-tokens", "6"], "--text-tokens must be at least 7, got 6"),
         (["--batch", "0"], "--batch must be at least 1, got 0"),
-        (["--photos", "no.jpg"], "--photos must be images, got no.jpg"),
+        (["--photos", "no.jpg"], "--photos must be a file, got no.jpg"),
+        (["--keep", "no.csv"], "--keep must be a file, got no.csv"),
     ],
 )
 def test_arguments_that_do_not_work(tmp_path, capsys, arguments, message):
