@@ -429,8 +429,8 @@ def cache_bytes(cache) -> int:
 
 
 def last_logits(model, embeds: Tensor, otherwise: bool = False) -> Tensor:
-    """Logits after the last of unpadded embeddings. ``otherwise``: with PyTorch's slowest attention, the last token in a
-    pass of its own; what this changes is rounding."""
+    """Logits after the last of unpadded embeddings. ``otherwise``: with PyTorch's plainest attention, and the last
+    token in a pass of its own; what this changes is rounding."""
     with sdpa_kernel(SDPBackend.MATH) if otherwise else contextlib.nullcontext():
         cache = DynamicCache(config=model.config)  # without one transformers looks for packed sequences
         for part in embeds.tensor_split([-1], dim=1) if otherwise else [embeds]:
