@@ -176,7 +176,9 @@ class Prompt:
 
     def by_hand(self) -> Tensor:
         """inputs_embeds of this variant made by hand. AssertionError if the kept tokens are not those of the method."""
-        assert self.text_tokens == self.inputs["input_ids"].shape[1] - self.placeholders
+        found = self.inputs["input_ids"] == self.model.config.image_token_id
+        assert found[:, self.first : self.first + self.placeholders].all(), "text between the placeholders of a photo"
+        assert found.sum().item() == self.batch * self.placeholders, "rows that differ in their placeholders"
         pixels = self.vision["pixel_values"].flatten(0, -4)
         tower = self.core.vision_tower
         hidden_states = tower(pixels, output_hidden_states=True).hidden_states

@@ -10,9 +10,16 @@ from .e2e import PRESETS
 from .papers import TITLES, UNPRUNED
 
 STAGES = ("tower", "select", "projector", "merge", "prefill", "rest")
-STYLES = {"eager": "-", "static": ":", "captured": "--"}
-COLOURS = {"hvprune VisPruner": "tab:green", "hvprune HIVTP": "tab:blue", "released": "tab:red", UNPRUNED: "black"}
-MARKERS = {"hvprune VisPruner": "o", "hvprune HIVTP": "s", "released": "X", UNPRUNED: "D"}
+STYLES = {"eager": ("-", "full"), "static": (":", "left"), "captured": ("--", "none")}  # line, filling of the markers
+# Colour and marker by how a variant's name begins.
+FAMILIES = {
+    "hvprune VisPruner": ("tab:green", "o"),
+    "hvprune HIVTP": ("tab:blue", "s"),
+    "released VisPruner": ("tab:red", "X"),
+    "released HIVTP": ("tab:orange", "P"),
+    UNPRUNED: ("black", "D"),
+}
+SHOWN_BY_BATCH = (UNPRUNED, "hvprune HIVTP 288", "hvprune HIVTP 1440", "hvprune VisPruner 128", "hvprune VisPruner 320")
 
 
 def kept_picture(rows: list[Row]) -> Figure | None:
@@ -21,25 +28,24 @@ def kept_picture(rows: list[Row]) -> Figure | None:
     def draw(axes: Axes, rows: list[Row]) -> None:
         rows = [row for row in rows if row["batch"] == "1"]
         for mode in STYLES:
-            for family in COLOURS:
+            for family in FAMILIES:
                 points = sorted(
                     (int(row["visual_tokens"]), float(row["ttft_ms"]))
                     for row in rows
                     if row["mode"] == mode and row["variant"].startswith(family)
                 )
                 if points:
-                    style = {"color": COLOURS[family], "marker": MARKERS[family], "linestyle": STYLES[mode]}
-                    axes.plot(*zip(*points, strict=True), label=f"{family}, {mode}", **style)
+                    axes.plot(*zip(*points, strict=True), label=f"{family}, {mode}", **_style(family, mode))
         axes.set(xlabel="visual tokens, one photo", ylabel="ms", ylim=(0, None))
 
     return _figure(rows, draw)
 
 
 def batch_picture(rows: list[Row]) -> Figure | None:
-    """Time to first token against batch: unpruned, and the variants that every mode has."""
+    """Time to first token against batch: unpruned, HIVTP and VisPruner at one budget."""
 
     def draw(axes: Axes, rows: list[Row]) -> None:
-        for variant in dict.fromkeys(row["variant"] for row in rows if _family(row) != "released"):
+        for variant in SHOWN_BY_BATCH:
             for mode in ("eager", "captured"):
                 points = sorted(
                     (int(row["batch"]), float(row["ttft_ms"]))
@@ -47,11 +53,9 @@ def batch_picture(rows: list[Row]) -> Figure | None:
                     if row["mode"] == mode and row["variant"] == variant
                 )
                 if points:
-                    axes.plot(
-                        *zip(*points, strict=True), marker="o", linestyle=STYLES[mode], label=f"{variant}, {mode}"
-                    )
+                    axes.plot(*zip(*points, strict=True), label=f"{variant}, {mode}", **_style(variant, mode))
         batches = sorted({int(row["batch"]) for row in rows})
-        axes.set(xscale="log", yscale="log", xlabel="photos", ylabel="ms")
+        axes.set(xscale="log", yscale="log", xlabel="photos in a batch", ylabel="ms")
         axes.set_xticks(batches, labels=map(str, batches), minor=False)
 
     return _figure(rows, draw)
@@ -75,8 +79,10 @@ def stages_picture(rows: list[Row]) -> Figure | None:
     return _figure(rows, draw, height=7)
 
 
-def _family(row: Row) -> str:
-    return next(family for family in COLOURS if row["variant"].startswith(family))
+def _style(variant: str, mode: str) -> dict:
+    colour, marker = next(style for family, style in FAMILIES.items() if variant.startswith(family))
+    line, filling = STYLES[mode]
+    return {"color": colour, "marker": marker, "linestyle": line, "fillstyle": filling}
 
 
 def _figure(rows: list[Row], draw, height: float = 4.5) -> Figure | None:

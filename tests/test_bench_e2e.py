@@ -16,6 +16,7 @@ from hvprune.benchmarks._pipelines import Prompt, StaticLoop, Variant, load_phot
 from hvprune.benchmarks._results import ROOT
 from hvprune.benchmarks._timing import Cpu
 from hvprune.benchmarks.flops import prefill_flops, projector_flops, tower_flops, visual_prefill_macs
+from hvprune.cli import main
 from hvprune.integrations.random_models import random_model
 
 PHOTOS = sorted(ROOT.glob("examples/*.jpg"))
@@ -45,7 +46,7 @@ def parse(*arguments):
 def run(tmp_path, *arguments):
     """Exit status, rows and the tower's rows."""
     path = tmp_path / "e2e.csv"
-    status = e2e.run(parse("--csv", str(path), *arguments))
+    status = main(["bench", "e2e", "--device", "cpu", "--csv", str(path), *arguments])
     tables = [path, tmp_path / "e2e_tower.csv"]
     return status, *([*csv.DictReader(table.open(newline=""))] if table.exists() else [] for table in tables)
 
@@ -174,21 +175,31 @@ class PretendedGpu(Cpu):
         return replay, result
 
 
-def test_captured_rows(tmp_path, monkeypatch, capsys):
-    """The plan of a GPU, in bfloat16; the stages come from the marks made in capturing, each once and in order."""
+@pytest.mark.parametrize(
+    ("preset", "batch", "kept"),
+    [
+        ("tiny", 2, {"unpruned": 576, "hvprune VisPruner 128": 128, "hvprune HIVTP 288": 288}),
+        ("tiny-next", 1, {"unpruned": 2340}),
+    ],
+)
+def test_captured_rows(tmp_path, monkeypatch, capsys, preset, batch, kept):
+    """The plan of a GPU, in bfloat16. The stages come from the marks made in capturing (LLaVA-NeXT's encoder is eager),
+    each once and in order."""
     monkeypatch.setattr(_suite, "machine_of", lambda device: PretendedGpu())
     seen = []
     monkeypatch.setattr(_suite, "milliseconds", lambda marks: seen.append([*marks]) or milliseconds(marks))
-    arguments = ["--preset", "tiny", "--batch", "2", "--new-tokens", "4", "--quick", "--modes", "captured"]
-    status, rows, _ = run(tmp_path, *arguments)
+    arguments = ["--preset", preset, "--batch", str(batch), "--new-tokens", "4", "--quick", "--modes", "captured"]
+    status, rows, _ = run(tmp_path, *arguments, *(["--methods", "unpruned"] if len(kept) == 1 else []))
     assert status == 0, capsys.readouterr().out
-    assert [row["variant"] for row in rows] == ["unpruned", "hvprune VisPruner 128", "hvprune HIVTP 288"]
-    for row, visual in zip(rows, (576, 128, 288), strict=True):
-        assert row["dtype"] == "bfloat16" and row["visual_tokens"] == str(visual)
+    assert {row["variant"]: int(row["visual_tokens"]) for row in rows} == kept
+    for row in rows:
+        assert row["dtype"] == "bfloat16" and row["mode"] == "captured"
         assert all(row[name] for name in set(row) - GPU_ONLY - {"pruning_percent"})
-        assert float(row["kv_cache_mb"]) == pytest.approx(2 * 2 * 2 * (visual + 40 + 4) * 64 * 2 / 1e6, rel=1e-4)
+        allocated = batch * (int(row["visual_tokens"]) + 40 + 4)
+        assert float(row["kv_cache_mb"]) == pytest.approx(2 * 2 * allocated * 64 * 2 / 1e6, rel=1e-4)
     stages = ["rest", "tower", "select", "projector", "merge", "prefill", "rest", "end"]
-    assert [[stage for stage, _ in marks] for marks in seen if marks[0][0] == "rest"] == [stages] * 6
+    split = [[stage for stage, _ in marks] for marks in seen if marks[0][0] == "rest"]
+    assert split == [stages] * (2 * len(kept))
 
 
 def test_a_failing_step_leaves_the_other_rows(tmp_path, monkeypatch, capsys):
