@@ -17,6 +17,7 @@ from hvprune.benchmarks._results import ROOT
 from hvprune.benchmarks._timing import Cpu
 from hvprune.benchmarks.flops import prefill_flops, projector_flops, tower_flops, visual_prefill_macs
 from hvprune.cli import main
+from hvprune.integrations import llava
 from hvprune.integrations.random_models import random_model
 
 PHOTOS = sorted(ROOT.glob("examples/*.jpg"))
@@ -92,11 +93,11 @@ def test_static_loop_equals_generate(models, preset, variant):
 
 @pytest.mark.parametrize("preset", SIZES)
 def test_every_variant_is_verified(models, preset):
-    """By hand, bit for bit, at batch 2 with photos that differ; the names say what is kept of a photo."""
+    """By hand, bit for bit; the names say what is kept of a photo."""
     tiles = 5 if preset == "tiny-next" else 1
     names = set()
     for variant in variants(tiles):
-        with torch.no_grad(), opened(models, preset, variant) as prompt:
+        with torch.no_grad(), opened(models, preset, variant, batch=1 if tiles == 5 else 2) as prompt:
             suite = _suite.Suite(parse(), PHOTOS, "")
             suite.model = prompt.model
             width, _ = suite._verify(prompt, "eager")
@@ -107,31 +108,54 @@ def test_every_variant_is_verified(models, preset):
     assert len(names) == (9 if tiles == 1 else 7)
 
 
-@pytest.mark.parametrize("mistake", ["row", "count", "selection"])
-def test_a_wrong_prompt_is_refused(tmp_path, monkeypatch, capsys, mistake):
-    """Rows whose pruning is wrong are not in the CSV; those that do not prune are."""
-    from hvprune.integrations import llava
-
+def break_rows(monkeypatch):
     right = llava.gather
-    if mistake == "row":
-        monkeypatch.setattr(llava, "gather", lambda features, indices: right(features, indices).roll(1, 1))
-    elif mistake == "count":
-        right_counts = llava.PrunedLlava._patch_processor
-        monkeypatch.setattr(llava.PrunedLlava, "_self_check", lambda *_: None)
+    monkeypatch.setattr(llava, "gather", lambda features, indices: right(features, indices).roll(1, 1))
 
-        def one_less(handle, processor):
-            right_counts(handle, processor)
-            processor.num_additional_image_tokens -= 1
 
-        monkeypatch.setattr(llava.PrunedLlava, "_patch_processor", one_less)
-    else:
-        select = llava.PrunedLlava._select
-        monkeypatch.setattr(llava.PrunedLlava, "_select", lambda self, call, q, k, x: select(self, call, k, q, x))
-    arguments = ["--preset", "tiny", "--batch", "1", "--new-tokens", "2", "--modes", "eager", "--quick"]
-    status, rows, _ = run(tmp_path, *arguments, "--methods", "unpruned", "vispruner")
+def break_count(monkeypatch):
+    right = llava.PrunedLlava._patch_processor
+
+    def one_less(handle, processor):
+        right(handle, processor)
+        processor.num_additional_image_tokens -= 1
+
+    monkeypatch.setattr(llava.PrunedLlava, "_self_check", lambda *_: None)
+    monkeypatch.setattr(llava.PrunedLlava, "_patch_processor", one_less)
+
+
+def break_selection(monkeypatch):
+    right = llava.PrunedLlava._select
+    monkeypatch.setattr(llava.PrunedLlava, "_select", lambda self, call, q, k, x: right(self, call, k, q, x))
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        (break_rows, "40 of 80 tokens of the prompt are not those by hand"),
+        (break_count, "image placeholders of the prompts must be"),
+        (break_selection, "the kept tokens differ from those by hand"),
+    ],
+)
+def test_a_wrong_prompt_is_noticed(models, monkeypatch, mistake, message):
+    mistake(monkeypatch)
+    suite = _suite.Suite(parse(), PHOTOS, "")
+    suite.model = models["tiny"][0]
+    with (
+        torch.no_grad(),
+        opened(models, "tiny", Variant("VisPruner", VisPruner(40)), batch=1) as prompt,
+        pytest.raises((AssertionError, ValueError), match=message),
+    ):
+        suite._verify(prompt, "eager")
+
+
+def test_a_wrong_row_is_not_in_the_csv(tmp_path, monkeypatch, capsys):
+    break_rows(monkeypatch)
+    arguments = ["--preset", "tiny", "--new-tokens", "2", "--modes", "eager", "--quick", "--methods", "vispruner"]
+    status, rows, _ = run(tmp_path, *arguments)
     assert status == 1
-    assert "NOT MEASURED" in capsys.readouterr().out
-    assert {row["variant"] for row in rows} == {"unpruned", "released VisPruner 128"}
+    assert capsys.readouterr().out.count("are not those by hand") == 3
+    assert {row["variant"] for row in rows} == {"released VisPruner 128"}
 
 
 @pytest.mark.parametrize(
@@ -178,7 +202,7 @@ class PretendedGpu(Cpu):
 @pytest.mark.parametrize(
     ("preset", "batch", "kept"),
     [
-        ("tiny", 2, {"unpruned": 576, "hvprune VisPruner 128": 128, "hvprune HIVTP 288": 288}),
+        ("tiny", 2, {"hvprune HIVTP 288": 288}),
         ("tiny-next", 1, {"unpruned": 2340}),
     ],
 )
@@ -189,7 +213,7 @@ def test_captured_rows(tmp_path, monkeypatch, capsys, preset, batch, kept):
     seen = []
     monkeypatch.setattr(_suite, "milliseconds", lambda marks: seen.append([*marks]) or milliseconds(marks))
     arguments = ["--preset", preset, "--batch", str(batch), "--new-tokens", "4", "--quick", "--modes", "captured"]
-    status, rows, _ = run(tmp_path, *arguments, *(["--methods", "unpruned"] if len(kept) == 1 else []))
+    status, rows, _ = run(tmp_path, *arguments, "--methods", "unpruned" if "unpruned" in kept else "hivtp")
     assert status == 0, capsys.readouterr().out
     assert {row["variant"]: int(row["visual_tokens"]) for row in rows} == kept
     for row in rows:
