@@ -4,7 +4,7 @@ PYTHON ?= python3
 PHOTO ?= examples/chelsea.jpg
 BIN := .venv/bin
 
-.PHONY: demo test test-oldest gpu-check lint format bench bench-report clean
+.PHONY: demo test test-oldest gpu-check lint format bench gpu-e2e bench-report clean
 
 demo: .venv/installed
 	$(BIN)/hvprune info
@@ -32,6 +32,16 @@ format: .venv/installed-test
 
 bench: .venv/installed-test
 	$(BIN)/hvprune bench --csv
+
+# Whole models with random weights on an NVIDIA GPU, in under ten minutes with the installation, from whatever Python has
+# torch and transformers; nothing is downloaded. The time is not enough for every row of all three models: the most wanted
+# come first, and PRESET=llava-next-7b KEEP=earlier/e2e.csv measures one model and writes it with the rows of another run.
+# OUT=folder takes the files, by default benchmarks/results/<gpu>.
+PRESET ?= all
+gpu-e2e:
+	HVPRUNE_CUDA=1 $(PYTHON) -m pip install --no-build-isolation --no-deps --editable .
+	$(PYTHON) -m hvprune bench e2e --preset $(PRESET) --device cuda --time-limit 480 \
+		$(if $(KEEP),--keep $(KEEP)) $(if $(OUT),--csv $(OUT)/e2e.csv)
 
 bench-report: .venv/installed-test
 	$(BIN)/hvprune bench plot

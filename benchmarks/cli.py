@@ -12,6 +12,8 @@ import torch
 
 from hvprune._registry import BACKENDS, OPS
 
+from .e2e import add_parser as add_e2e
+
 STANDARD = Path()  # --csv without a path
 
 
@@ -46,6 +48,7 @@ def add_parser(commands) -> None:
     summary = "draw the committed results"
     plot = suites.add_parser("plot", help=summary, description=summary)
     plot.set_defaults(run=lambda _: _plot(plot))
+    add_e2e(suites)
 
 
 def _plot(parser: argparse.ArgumentParser) -> int:

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 from ._results import RESULTS, Row, committed, picture_metadata
+from .e2e_pictures import PICTURES as E2E_PICTURES
 
 OVERHEAD = "call overhead"
 COLOURS = {"hvprune": "tab:green", "plain PyTorch": "tab:blue", "released": "tab:red"}
@@ -115,4 +116,5 @@ SUITES: dict[str, dict[str, tuple[str, Callable[[list[Row]], Figure | None]]]] =
         "floor": ("Multiple of the floor", floor_picture),
         "batch": ("Time against images of CLIP-L in a batch", batch_picture),
     },
+    "e2e": E2E_PICTURES,
 }

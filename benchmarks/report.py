@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from . import papers
 from ._results import RESULTS, ROOT, Row, committed, format_ratio, format_time, pictures, stale_pictures, table
 
 READMES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
@@ -206,6 +207,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "memory": of_cpu(memory_table),
     "gpu": gpu_tables,
     "pictures": picture_links,
+    **papers.TABLES,
 }
 
 

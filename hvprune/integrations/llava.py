@@ -144,7 +144,8 @@ class PrunedLlava:
                 raise value_error("hvprune", name, f"{attached!r} while attached", arguments[name])
         request = getattr(self._local, "request", None)
         self._local.call = request or SimpleNamespace(num_tokens=self.method.num_tokens, natural=False)
-        self._local.call.sizes = arguments.get("image_sizes")
+        sizes = arguments.get("image_sizes")  # read before the tower is at work: reading waits for the device
+        self._local.call.sizes = sizes.tolist() if isinstance(sizes, Tensor) else sizes
         self._local.captured = {}
         try:
             return self._stock_features(*args, **kwargs)

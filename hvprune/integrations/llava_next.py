@@ -16,7 +16,7 @@ from .llava import PrunedLlava, gather
 class TilePlan(NamedTuple):
     """How the stock model packs one image size.
 
-    packed: (P,) int64 on the CPU, for each packed token its number tile * N + patch, or -1 for a newline
+    packed: (P,) int64, for each packed token its number tile * N + patch, or -1 for a newline
     boxes:  per tile the patches that survive unpadding, (top, bottom, left, right), half open
     """
 
@@ -37,6 +37,8 @@ class PrunedLlavaNext(PrunedLlava):
 
     def install(self) -> None:
         self._plan = functools.lru_cache(maxsize=256)(self._make_plan)
+        # A copy to the device waits for it, so what depends on the image sizes alone is copied once.
+        self._on_device = functools.lru_cache(maxsize=256)(lambda device, numbers: torch.tensor(numbers, device=device))
         self._stock_pack = self._core.pack_image_features
         self._override(self._core, "pack_image_features", self._pack)
         super().install()
@@ -61,7 +63,7 @@ class PrunedLlavaNext(PrunedLlava):
             rows, columns = patches // side, patches % side
             edges = rows.min(), rows.max() + 1, columns.min(), columns.max() + 1
             boxes.append(tuple(int(edge) for edge in edges))
-        return TilePlan(packed, tuple(boxes))
+        return TilePlan(packed.to(self._core.device), tuple(boxes))
 
     def _plans(self, sizes) -> list[TilePlan]:
         sizes = sizes.tolist() if isinstance(sizes, Tensor) else sizes
@@ -104,7 +106,7 @@ class PrunedLlavaNext(PrunedLlava):
 
         parts = []
         for (box, budget), tiles in groups.items():
-            tiles = torch.tensor(tiles, device=scores.device)
+            tiles = self._on_device(scores.device, tuple(tiles))
             part = self.method.pick(
                 self._crop(scores, tiles, box), self._crop(features, tiles, box), _shape(box), budget
             )

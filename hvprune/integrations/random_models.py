@@ -20,6 +20,7 @@ ARCHITECTURES = {
     "llava-1.5-13b": ("Llava", _CLIP_LARGE, _LLAMA_13B, 32064),
     "llava-next-7b": ("LlavaNext", _CLIP_LARGE, _LLAMA_7B, 32064),
     "tiny": ("Llava", _CLIP_TINY, _LLAMA_TINY, 512),
+    "tiny-next": ("LlavaNext", _CLIP_TINY, _LLAMA_TINY, 512),
 }
 
 
