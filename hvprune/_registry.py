@@ -99,7 +99,7 @@ class Op:
         defaults = tuple(argument.default_value for argument in self.torch_op._schema.arguments)
 
         def body(*args):
-            return self.run(*args, *defaults[len(args) :])
+            return self.run((*args, *defaults[len(args) :]))
 
         def fake(*args):
             inputs = (*args, *defaults[len(args) :])[:-1]
@@ -116,10 +116,10 @@ class Op:
         lead = args[0][0] if type(args[0]) is list and args[0] else args[0]
         if type(lead) not in _PLAIN_TENSORS and isinstance(lead, torch.Tensor):
             return self.torch_op(*args)  # a fake or otherwise wrapped tensor has no memory to read
-        return self.run(*args)
+        return self.run(args)
 
-    def run(self, *args):
-        inputs, backend = args[:-1], args[-1]
+    def run(self, args: tuple):
+        *inputs, backend = args
         lead = self.check(*inputs)
         device_type = "cpu" if lead.is_cpu else lead.device.type  # the attribute costs a fifth
         implementation = self._chosen.get((backend, device_type))

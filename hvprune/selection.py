@@ -20,10 +20,16 @@ class Selection(NamedTuple):
     mask: torch.Tensor
 
 
+# On a CPU a new tensor of the dtype it is made from costs a fifth less than one of another dtype.
+_INDICES, _COUNTS, _MASK = (torch.empty(0, dtype=dtype) for dtype in (torch.int64, torch.int32, torch.bool))
+
+
 def empty_selection(like: torch.Tensor, batch: int, width: int, num_tokens: int) -> tuple[torch.Tensor, ...]:
     """Uninitialised ``indices``, ``counts`` and ``mask`` on the device of ``like``."""
+    # Sizes one by one: a tuple of them costs half a microsecond more.
+    if type(like) is torch.Tensor and like.is_cpu:
+        return _INDICES.new_empty(batch, width), _COUNTS.new_empty(batch), _MASK.new_empty(batch, num_tokens)
     return (
-        # Sizes one by one: a tuple of them costs half a microsecond more.
         like.new_empty(batch, width, dtype=torch.int64),
         like.new_empty(batch, dtype=torch.int32),
         like.new_empty(batch, num_tokens, dtype=torch.bool),

@@ -40,8 +40,7 @@ void aggregate_attention(const AggregateAttentionArgs& args) {
     double* partials = reinterpret_cast<double*>(scratch.data());  // [B][layers][H][N]
     const int threads = threads_for(items, rows * args.L, args.num_threads);
 
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
+    with_team(threads, [&] {
 #pragma omp for schedule(dynamic)
         for (int64_t item = 0; item < items; ++item) {
             const int64_t h = item % args.H, l = item / args.H % layers, b = item / args.H / layers;
@@ -54,7 +53,7 @@ void aggregate_attention(const AggregateAttentionArgs& args) {
         }
         mean_of_parts(partials, args.B, layers * args.H, N, static_cast<double>(layers * args.H * rows),
                       args.importance);
-    }
+    });
 }
 
 }  // namespace hvprune::HVP_ISA

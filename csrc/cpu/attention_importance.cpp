@@ -45,19 +45,20 @@ void pack_keys(const T* key, int64_t row_stride, int64_t L, int64_t D, const Wor
     }
 }
 
-// scores[r][j] = q_r . k_j for every key j, -inf in the padding; shift[r] = max over j.
+// scores[r][j] = q_r . k_j for r < Rows and every key j, -inf in the padding; shift[r] = max over j.
+template <int Rows>
 void score_rows(const Workspace& work, int64_t L, int64_t D, float* shift) {
     const int64_t padded = round_up(L, kWidth), whole = L / kWidth * kWidth;
-    Vec most[kTileRows];
+    Vec most[Rows];
     for (Vec& m : most) m = broadcast(-INFINITY);
     for (int64_t begin = 0; begin < L; begin += kPanelCols) {
         const int64_t cols = padded - begin < kPanelCols ? padded - begin : kPanelCols;
         with_vecs(cols / kWidth, [&](auto vecs) {
             constexpr int kVecs = decltype(vecs){}();
-            Vec sums[kTileRows][kVecs];
-            tile_product<kVecs>(work.queries, D, 1, work.panels + begin * D, D, sums);
-#pragma GCC unroll 8
-            for (int r = 0; r < kTileRows; ++r) {
+            Vec sums[Rows][kVecs];
+            tile_product(work.queries, D, 1, work.panels + begin * D, D, sums);
+#pragma GCC unroll 8  // or the tile leaves its registers
+            for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 3
                 for (int v = 0; v < kVecs; ++v) {
                     store(work.scores + r * padded + begin + v * kWidth, sums[r][v]);
@@ -66,7 +67,7 @@ void score_rows(const Workspace& work, int64_t L, int64_t D, float* shift) {
             }
         });
     }
-    for (int r = 0; r < kTileRows; ++r) {
+    for (int r = 0; r < Rows; ++r) {
         float* scores = work.scores + r * padded;
         for (int64_t j = L; j < padded; ++j) scores[j] = -INFINITY;
         if (whole < padded) most[r] = max(load(scores + whole), most[r]);
@@ -75,60 +76,64 @@ void score_rows(const Workspace& work, int64_t L, int64_t D, float* shift) {
 }
 
 // scores[r][j] = exp(scores[r][j] - shift[r]); total[r] = sum over j.
+template <int Rows>
 void exponentiate(const Workspace& work, int64_t padded, const float* shift, float* total) {
-    Vec shifts[kTileRows], totals[kTileRows];
-    for (int r = 0; r < kTileRows; ++r) {
+    Vec shifts[Rows], totals[Rows];
+    for (int r = 0; r < Rows; ++r) {
         shifts[r] = broadcast(shift[r]);
         totals[r] = broadcast(0.0f);
     }
     for (int64_t j = 0; j < padded; j += kWidth) {
-        for (int r = 0; r < kTileRows; ++r) {
+        for (int r = 0; r < Rows; ++r) {
             float* scores = work.scores + r * padded + j;
             const Vec p = exp2((load(scores) - shifts[r]) * broadcast(kLog2E));
             store(scores, p);
             totals[r] = totals[r] + p;
         }
     }
-    for (int r = 0; r < kTileRows; ++r) total[r] = reduce_add(totals[r]);
+    for (int r = 0; r < Rows; ++r) total[r] = reduce_add(totals[r]);
 }
 
-// sums[j] += sum over r < rows of weight[r] * scores[r][j]
-void accumulate(const Workspace& work, int64_t padded, const float* weight, int64_t rows) {
+// sums[j] += sum over r of weight[r] * scores[r][j]
+template <int Rows>
+void accumulate(const Workspace& work, int64_t padded, const float* weight) {
     for (int64_t j = 0; j < padded; j += kWidth) {
         Vec sum = load(work.scores + j) * broadcast(weight[0]);
-        for (int64_t r = 1; r < rows; ++r) {
-            sum = fma(load(work.scores + r * padded + j), broadcast(weight[r]), sum);
-        }
+        for (int r = 1; r < Rows; ++r) sum = fma(load(work.scores + r * padded + j), broadcast(weight[r]), sum);
         add_to(work.sums + j, sum);
     }
+}
+
+// Adds rows [i, i + Rows) of the softmaxed map of one head to work.sums; `query` and `logsumexp` are the head's.
+template <int Rows, class T>
+void add_rows(const AttentionImportanceArgs& args, const T* query, int64_t row_stride, const float* logsumexp,
+              int64_t i, const Workspace& work) {
+    const int64_t L = args.L, D = args.D, padded = round_up(L, kWidth);
+    for (int r = 0; r < Rows; ++r) load_row(query + (i + r) * row_stride, D, D, args.scale, work.queries + r * D);
+    float shift[Rows], total[Rows], weight[Rows];
+    score_rows<Rows>(work, L, D, shift);
+    if (logsumexp != nullptr) std::memcpy(shift, logsumexp + i, sizeof shift);
+    exponentiate<Rows>(work, padded, shift, total);
+    for (int r = 0; r < Rows; ++r) weight[r] = logsumexp != nullptr ? 1.0f : 1.0f / total[r];
+    accumulate<Rows>(work, padded, weight);
 }
 
 // work.sums[j] = sum over query rows of the softmaxed map of one head.
 template <class T>
 void sum_all_rows(const AttentionImportanceArgs& args, const AttentionLayer& layer, int64_t b, int64_t h,
                   const Workspace& work) {
-    const int64_t L = args.L, D = args.D, padded = round_up(L, kWidth);
+    const int64_t L = args.L;
     const T* query = static_cast<const T*>(layer.query) + b * layer.query_batch_stride + h * layer.query_head_stride;
     const T* key = static_cast<const T*>(layer.key) + b * layer.key_batch_stride + h * layer.key_head_stride;
-    pack_keys(key, layer.key_row_stride, L, D, work);
-    for (int64_t j = 0; j < padded; ++j) work.sums[j] = 0.0;
-    for (int64_t i = 0; i < L; i += kTileRows) {
-        const int64_t rows = L - i < kTileRows ? L - i : kTileRows;
-        for (int64_t r = 0; r < kTileRows; ++r) {  // a partial tile repeats its last row and leaves it out of the sum
-            const int64_t row = i + (r < rows ? r : rows - 1);
-            load_row(query + row * layer.query_row_stride, D, D, args.scale, work.queries + r * D);
-        }
-        float shift[kTileRows], total[kTileRows], weight[kTileRows];
-        score_rows(work, L, D, shift);
-        if (layer.logsumexp != nullptr) {
-            const float* logsumexp =
-                layer.logsumexp + b * layer.logsumexp_batch_stride + h * layer.logsumexp_head_stride + i;
-            for (int64_t r = 0; r < kTileRows; ++r) shift[r] = logsumexp[r < rows ? r : rows - 1];
-        }
-        exponentiate(work, padded, shift, total);
-        for (int r = 0; r < kTileRows; ++r) weight[r] = layer.logsumexp != nullptr ? 1.0f : 1.0f / total[r];
-        accumulate(work, padded, weight, rows);
+    const float* logsumexp = layer.logsumexp;
+    if (logsumexp != nullptr) logsumexp += b * layer.logsumexp_batch_stride + h * layer.logsumexp_head_stride;
+    pack_keys(key, layer.key_row_stride, L, args.D, work);
+    for (int64_t j = 0; j < round_up(L, kWidth); ++j) work.sums[j] = 0.0;
+    int64_t i = 0;
+    for (; i + kTileRows <= L; i += kTileRows) {
+        add_rows<kTileRows>(args, query, layer.query_row_stride, logsumexp, i, work);
     }
+    for (; i < L; ++i) add_rows<1>(args, query, layer.query_row_stride, logsumexp, i, work);  // CLS makes L odd
 }
 
 // work.sums[j] = the softmaxed first row of one head; each key is read once.
@@ -177,8 +182,7 @@ void attention_importance(const AttentionImportanceArgs& args) {
     const Scratch partial_scratch(items * N * static_cast<int64_t>(sizeof(double)));
     double* partials = reinterpret_cast<double*>(partial_scratch.data());  // [B][layers][H][N]
 
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
+    with_team(threads, [&] {
         Carver carver(scratch.data() + omp_get_thread_num() * sizes.used());
         const Workspace work(carver, args.L, args.D);
 #pragma omp for schedule(dynamic)
@@ -196,7 +200,7 @@ void attention_importance(const AttentionImportanceArgs& args) {
         }
         const double count = static_cast<double>(layers * args.H * (args.cls_row ? 1 : args.L));
         mean_of_parts(partials, args.B, layers * args.H, N, count, args.importance);
-    }
+    });
 }
 
 }  // namespace hvprune::HVP_ISA

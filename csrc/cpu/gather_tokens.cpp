@@ -22,18 +22,20 @@ void gather(const GatherTokensArgs& args) {
     const int threads = threads_for(rows, C * static_cast<int64_t>(sizeof(T)), args.num_threads);
     T padding;
     set_value(args.pad_value, &padding);
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (int64_t row = 0; row < rows; ++row) {
-        const int64_t b = row / args.M, m = row % args.M;
-        const int64_t token = args.indices[b * args.indices_batch_stride + m];
-        T* output = static_cast<T*>(args.output) + row * C;
-        if (token < 0) {
-            for (int64_t c = 0; c < C; ++c) output[c] = padding;
-        } else {
-            const T* features = static_cast<const T*>(args.features);
-            std::memcpy(output, features + b * args.batch_stride + token * args.token_stride, C * sizeof(T));
+    with_team(threads, [&] {
+#pragma omp for
+        for (int64_t row = 0; row < rows; ++row) {
+            const int64_t b = row / args.M, m = row % args.M;
+            const int64_t token = args.indices[b * args.indices_batch_stride + m];
+            T* output = static_cast<T*>(args.output) + row * C;
+            if (token < 0) {
+                for (int64_t c = 0; c < C; ++c) output[c] = padding;
+            } else {
+                const T* features = static_cast<const T*>(args.features);
+                std::memcpy(output, features + b * args.batch_stride + token * args.token_stride, C * sizeof(T));
+            }
         }
-    }
+    });
 }
 
 }  // namespace

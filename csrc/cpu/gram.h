@@ -1,7 +1,7 @@
 // Cosine similarity of the rows of one image: unit rows packed in panels, then the upper triangle of their Gram matrix.
 #pragma once
 
-#include "scratch.h"
+#include "threads.h"
 #include "tile.h"
 
 namespace hvprune::HVP_ISA {
@@ -104,7 +104,7 @@ HVP_FUNC void gram_block(const GramWorkspace& work, int64_t n, int64_t C, int64_
             with_vecs(ceil_div(cols - skipped, kWidth), [&](auto vecs) {
                 constexpr int kVecs = decltype(vecs){}();
                 Vec tile[kTileRows][kVecs];
-                tile_product<kVecs>(a + k * kPanelCols + r, 1, kPanelCols, b + k * kPanelCols + skipped, depth, tile);
+                tile_product(a + k * kPanelCols + r, 1, kPanelCols, b + k * kPanelCols + skipped, depth, tile);
                 for (int i = 0; i < kTileRows; ++i) {
                     float* sum = sums + (r + i) * kPanelCols + skipped;
                     for (int v = 0; v < kVecs; ++v) {
@@ -130,8 +130,7 @@ template <class T, class Round>
 HVP_FUNC void gram(const FeatureRows& rows, const GramWorkspace& work, T* similarity, int64_t ld, int threads,
                    Round round) {
     const int64_t panels = ceil_div(rows.n, kPanelCols);
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
+    with_team(threads, [&] {
 #pragma omp for schedule(dynamic)
         for (int64_t p = 0; p < panels; ++p) {
             const int64_t end = (p + 1) * kPanelCols < rows.n ? (p + 1) * kPanelCols : rows.n;
@@ -142,7 +141,7 @@ HVP_FUNC void gram(const FeatureRows& rows, const GramWorkspace& work, T* simila
             const int64_t p = pair / panels, q = pair % panels;
             if (p <= q) gram_block(work, rows.n, rows.C, p, q, similarity, ld, round);
         }
-    }
+    });
 }
 
 }  // namespace hvprune::HVP_ISA

@@ -30,26 +30,50 @@ HVP_FUNC void load_keys(const T* values, int64_t n, int32_t* keys) {
     for (int64_t j = 0; j < n; ++j) keys[j] = order_key(to_float(values[j]));
 }
 
-// Calls set(i, whether i is among the k best) for all of n candidates (all are if k > n), ties by lower index. The k-th
-// best key is found by bisection over its bits: at most 32 counts, no sort.
-template <class Set>
-HVP_FUNC void mark_best(const int32_t* keys, int64_t n, int64_t k, Set set) {
-    if (k > n) k = n;
-    if (k <= 0) {
-        for (int64_t i = 0; i < n; ++i) set(i, false);
-        return;
+// The best of a row of keys: those above `key` and the first `ties` equal to it.
+struct Cut {
+    int32_t key;
+    int64_t ties;
+};
+
+// The cut that keeps the k best of n keys (all if k > n), ties by lower index. No sort: bisection over the bits of the
+// k-th best key, at most 32 counts.
+HVP_FUNC Cut cut_at(const int32_t* keys, int64_t n, int64_t k) {
+    if (k <= 0) return {INT32_MAX, 0};
+    if (k >= n) return {kNotACandidate, 0};
+    int32_t all = keys[0], any = keys[0];  // bits that are set in all keys, in any key
+    for (int64_t i = 0; i < n; ++i) {
+        all &= keys[i];
+        any |= keys[i];
     }
-    const int32_t threshold_key = kth_best_key(n, k, [&](int32_t key) {
+    const int bits = all == any ? 0 : 32 - __builtin_clz(static_cast<uint32_t>(all ^ any));
+    const int32_t start = bits == 32 ? INT32_MIN : static_cast<int32_t>(static_cast<uint32_t>(all) >> bits << bits);
+    const auto count_from = [&](int32_t key) {
         int32_t count = 0;
         for (int64_t i = 0; i < n; ++i) count += keys[i] >= key;
         return count;
-    });
-    int64_t ties = k;  // places left for keys equal to the threshold
-    for (int64_t i = 0; i < n; ++i) ties -= keys[i] > threshold_key;
+    };
+    const int32_t threshold = kth_best_key(n, k, count_from, start, bits);
+    int32_t above = 0, equal = 0;
     for (int64_t i = 0; i < n; ++i) {
-        const bool tie = keys[i] == threshold_key;
-        set(i, (keys[i] > threshold_key) | (tie & (ties > 0)));
-        ties -= tie;
+        above += keys[i] > threshold;
+        equal += keys[i] == threshold;
+    }
+    if (above + equal == k) return {threshold - 1, 0};
+    return {threshold, k - above};
+}
+
+// Calls set(i, whether the cut keeps keys[i]) for i < n, and takes the ties used from the cut.
+template <class Set>
+HVP_FUNC void mark_kept(const int32_t* keys, int64_t n, Cut& cut, Set set) {
+    if (cut.ties == 0) {
+        for (int64_t i = 0; i < n; ++i) set(i, keys[i] > cut.key);
+        return;
+    }
+    for (int64_t i = 0; i < n; ++i) {
+        const bool tie = keys[i] == cut.key;
+        set(i, (keys[i] > cut.key) | (tie & (cut.ties > 0)));
+        cut.ties -= tie & (cut.ties > 0);
     }
 }
 

@@ -1,4 +1,4 @@
-// The register tile of every matrix product on a CPU: kTileRows x (1..kTileVecs vectors) of A B^T.
+// The register tile of every matrix product on a CPU: up to kTileRows rows x (1..kTileVecs vectors) of A B^T.
 //
 // Each element is one chain of fused multiply-adds over k in ascending order, whatever the tile it falls in: results do
 // not depend on position, batch or threads, and x.y equals y.x bit for bit.
@@ -11,16 +11,16 @@ namespace hvprune::HVP_ISA {
 constexpr int kPanelCols = kTileVecs * kWidth;  // columns of a packed panel of B
 
 // sums[r][c] = sum over k < depth of a[r * row_stride + k * k_stride] * panel[k * kPanelCols + c], c < Vecs * kWidth
-template <int Vecs>
+template <int Vecs, int Rows>
 HVP_FUNC void tile_product(const float* a, int64_t row_stride, int64_t k_stride, const float* panel, int64_t depth,
-                           Vec (&sums)[kTileRows][Vecs]) {
-    for (int r = 0; r < kTileRows; ++r) {
+                           Vec (&sums)[Rows][Vecs]) {
+    for (int r = 0; r < Rows; ++r) {
         for (int v = 0; v < Vecs; ++v) sums[r][v] = broadcast(0.0f);
     }
     for (int64_t k = 0; k < depth; ++k) {
         Vec b[Vecs];
         for (int v = 0; v < Vecs; ++v) b[v] = load(panel + k * kPanelCols + v * kWidth);
-        for (int r = 0; r < kTileRows; ++r) {
+        for (int r = 0; r < Rows; ++r) {
             const Vec x = broadcast(a[r * row_stride + k * k_stride]);
             for (int v = 0; v < Vecs; ++v) sums[r][v] = fma(x, b[v], sums[r][v]);
         }

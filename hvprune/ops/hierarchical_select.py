@@ -112,8 +112,12 @@ def _reference(scores, grid, regions, keep_ratio, window, num_tokens):
 
 
 def _compiled(scores, grid, regions, keep_ratio, window, num_tokens, after_scores=False):
+    batch, total = scores.shape
+    gh, gw = grid = resolve_grid("hierarchical_select", grid, total)
     indices, counts, mask = outputs = _out(scores, grid, regions, keep_ratio, window, num_tokens)
     scores = _native.rows(scores)
+    rh, rw = regions
+    wh, ww = window
     _native.launch(
         "hierarchical_select",
         scores,
@@ -123,10 +127,13 @@ def _compiled(scores, grid, regions, keep_ratio, window, num_tokens, after_score
         counts.data_ptr(),
         mask.data_ptr(),
         _native.DTYPE_CODES[scores.dtype],
-        scores.shape[0],
-        *resolve_grid("hierarchical_select", grid, scores.shape[1]),
-        *regions,
-        *window,
+        batch,
+        gh,
+        gw,
+        rh,
+        rw,
+        wh,
+        ww,
         keep_ratio,
         indices.shape[1],
         num_tokens is not None,
