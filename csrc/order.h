@@ -26,8 +26,8 @@ HVP_FUNC int32_t order_key(float value) {
 
 // The highest key that at least k of n keys reach (1 <= k <= n), by bisection over its bits; count(key) tells how many
 // keys are not below it. Stops early at a lower key that exactly k keys reach. k minus the number of keys above the
-// result is then the number of those equal to it that are among the best k, the first in order. Where all keys are known
-// to agree above their lowest `bits` bits, `start` is any of them with those bits cleared.
+// result is then the number of those equal to it that are among the best k, the first in order. Where all keys are
+// known to agree above their lowest `bits` bits, `start` is any of them with those bits cleared.
 template <class Count>
 HVP_FUNC int32_t kth_best_key(int64_t n, int64_t k, Count count, int32_t start = INT32_MIN, int bits = 32) {
     uint32_t threshold = static_cast<uint32_t>(start) ^ 0x80000000u;  // counted from INT32_MIN

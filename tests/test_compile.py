@@ -29,7 +29,7 @@ def schema_arguments(op: str, args: tuple, kwargs: dict, backend: Backend) -> tu
     """The arguments with which the public function calls its torch op."""
     seen = []
     original = OPS[op].run
-    OPS[op].run = lambda *inputs: seen.append(inputs) or original(*inputs)
+    OPS[op].run = lambda inputs: seen.append(inputs) or original(inputs)
     try:
         backend.call(op, args, kwargs)
     finally:

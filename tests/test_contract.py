@@ -111,6 +111,22 @@ def test_batch_does_not_matter(op, backend, batch):
                 assert_same_bits(result[position : position + 1], single, f"{case} at {position} of {batch}")
 
 
+@pytest.mark.parametrize("op", sorted(OPS))
+def test_images_side_by_side_on_threads(op):
+    """Inputs large enough for a batch to be spread over threads give what one thread gives."""
+    case = max(CASES[op], key=lambda case: sum(x.numel() for x in tensors_of(case.inputs())))
+    args, kwargs = map_tensors(case.inputs(), lambda x: torch.cat([x[:1], x[:1].roll(1, -1)] * 3))
+    threads, results = torch.get_num_threads(), {}
+    try:
+        for count in (1, 2, 4):
+            torch.set_num_threads(count)
+            results[count] = getattr(ops, op)(*args, **kwargs, backend="cpu")
+    finally:
+        torch.set_num_threads(threads)
+    for count, result in results.items():
+        assert_same_bits(result, results[1], f"{case} with {count} threads")
+
+
 @pytest.mark.parametrize("op, backend", pairs(interpreted=False))
 def test_repeats_threads_and_inputs(op, backend):
     """Same bits every time and with any number of threads; inputs are left alone; no result requires grad."""
