@@ -22,6 +22,7 @@ READMES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
 NO_RESULTS = "No results yet: `make bench` writes them, `make bench-report` puts them here."
 NO_GPU_RESULTS = "No results from a GPU exist yet."
 NO_PICTURES = "No pictures yet: `make bench-report` draws the results that are there."
+LLAVA_SHAPE = "CLIP-L/14-336"
 OVERHEAD = "call overhead"
 OURS, RELEASED, PLAIN = "hvprune cpu", "released", "plain PyTorch"
 
@@ -78,22 +79,27 @@ def name_of(case: Row) -> str:
     return f"`{case['op']}`" + (f", {case['setting']}" if case["setting"] else "")
 
 
-def compared(results: Results, dtype: str) -> str:
+def compared(results: Results, **values: str) -> str:
     """The first rival is hvprune's preferred backend; the others with the ratio to it. All that were measured."""
-    cases = [case for case in results.cases(dtype=dtype) if case["setting"] != OVERHEAD]
+    cases = [case for case in results.cases(**values) if case["setting"] != OVERHEAD]
     rivals = list(dict.fromkeys(row["rival"] for case in cases for row in results.where(**case)))
     rivals.sort(key=lambda name: not name.startswith("hvprune"))
     lines = []
     for case in cases:
         ours, *others = (results.row(rival, case) for rival in rivals)
-        floor = ours and ours["of_floor"] and f"{float(ours['of_floor']):.2g}x"
+        floor = ours and ours["of_floor"] and format_ratio(float(ours["of_floor"]))
         cells = [format_rival(ours, None), floor or "-", *(format_rival(row, time_of(ours)) for row in others)]
         lines.append([name_of(case), case["shape"], case["batch"], *cells])
     return table(["op", "encoder", "B", *rivals[:1], "of floor", *rivals[1:]], lines)
 
 
 def speed_table(results: Results) -> str:
-    return compared(results, "float32")
+    return compared(results, dtype="float32")
+
+
+def one_image_table(results: Results) -> str:
+    """The part of the speed table for one image of LLaVA-1.5."""
+    return compared(results, dtype="float32", shape=LLAVA_SHAPE, batch="1")
 
 
 def gpu_tables(results: Path) -> str:
@@ -102,7 +108,7 @@ def gpu_tables(results: Path) -> str:
     for folder, rows in committed("micro", results).items():
         if folder != "cpu":
             of_gpu = Results(rows)
-            parts += [environment_line(of_gpu), compared(of_gpu, "bfloat16")]
+            parts += [environment_line(of_gpu), compared(of_gpu, dtype="bfloat16")]
     return "\n\n".join(parts) or NO_GPU_RESULTS
 
 
@@ -136,7 +142,7 @@ def memory_table(results: Results) -> str:
 
 
 def speedup(results: Results, op: str, setting: str) -> float | None:
-    case = {"op": op, "setting": setting, "shape": "CLIP-L/14-336", "batch": "1", "dtype": "float32"}
+    case = {"op": op, "setting": setting, "shape": LLAVA_SHAPE, "batch": "1", "dtype": "float32"}
     ours, released = (results.wall_us(rival, case) for rival in (OURS, RELEASED))
     return None if ours is None or released is None else released / ours
 
@@ -201,6 +207,7 @@ def of_cpu(write: Callable[[Results], str]) -> Callable[[Path], str]:
 TABLES: dict[str, Callable[[Path], str]] = {
     "environment": of_cpu(environment_line),
     "targets": of_cpu(target_table),
+    "one-image": of_cpu(one_image_table),
     "speed": of_cpu(speed_table),
     "half": of_cpu(half_table),
     "overhead": of_cpu(overhead_table),
