@@ -24,7 +24,7 @@ NO_GPU_RESULTS = "No results from a GPU exist yet."
 NO_PICTURES = "No pictures yet: `make bench-report` draws the results that are there."
 LLAVA_SHAPE = "CLIP-L/14-336"
 OVERHEAD = "call overhead"
-OURS, RELEASED, PLAIN = "hvprune cpu", "released", "plain PyTorch"
+OURS, RELEASED = "hvprune cpu", "released"
 
 
 class Results:

@@ -271,7 +271,7 @@ def bench(capsys, *arguments):
 
 
 def test_compare_exits_1_when_it_is_slower(tmp_path, capsys):
-    """A thousand times is beyond what any machine does by itself."""
+    """No load changes a time a million times; threads that wait for a core alone do it a thousand times."""
     new, run = tmp_path / "new.csv", ("--ops", "gather_tokens")
     status, said = bench(capsys, *run, "--csv", new, "--json", tmp_path / "new.json")
     assert status == 0 and "hvprune cpu" in said.out
@@ -281,7 +281,7 @@ def test_compare_exits_1_when_it_is_slower(tmp_path, capsys):
     assert [row["wall_us"] for row in json.loads((tmp_path / "new.json").read_text())] == [
         float(row["wall_us"]) for row in rows
     ]
-    for factor, status in ((1000, 0), (1e-3, 1)):
+    for factor, status in ((1e6, 0), (1e-6, 1)):
         old = tmp_path / "old.csv"
         times = ("wall_us", "wall_p20_us", "wall_p80_us")
         _results.write_csv(old, _harness.COLUMNS, [r | {k: str(float(r[k]) * factor) for k in times} for r in rows])
