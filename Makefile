@@ -4,14 +4,18 @@ PYTHON ?= python3
 PHOTO ?= examples/chelsea.jpg
 BIN := .venv/bin
 
-.PHONY: demo test test-oldest gpu-check lint format bench gpu-e2e bench-report clean
+.PHONY: demo test test-sanitizers test-oldest gpu-check lint format bench gpu-e2e bench-report clean
 
 demo: .venv/installed
 	$(BIN)/hvprune info
 	$(BIN)/hvprune demo $(PHOTO) --out demo.png
 
 test: .venv/installed-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not sanitizer"
+
+# For changes of the CUDA kernels: emulated under AddressSanitizer and ThreadSanitizer, and without each of their barriers.
+test-sanitizers: .venv/installed-test
+	$(BIN)/python -m pytest -n auto -m sanitizer
 
 # The oldest transformers that attach supports, in an environment of its own.
 test-oldest: .venv-oldest/installed

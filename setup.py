@@ -68,7 +68,7 @@ class NinjaBuild(build_ext):
         archs = [int(arch) for arch in os.environ.get("HVPRUNE_CUDA_ARCHS", "80;90;100").split(";")] if nvcc else []
         print(f"hvprune: instruction sets {', '.join(isas)}; CUDA {archs or 'off'} ({nvcc or 'no nvcc used'})")
 
-        cflags = "-std=c++17 -O3 -fPIC -fopenmp -fvisibility=hidden -Wall -Wno-psabi -Wno-uninitialized"
+        cflags = "-std=c++17 -O3 -DNDEBUG -fPIC -fopenmp -fvisibility=hidden -Wall -Wno-psabi -Wno-uninitialized"
         cflags += " -Wno-maybe-uninitialized"  # false reports in the compiler's own AVX-512 headers
         cflags += " -DHVP_X86" if len(isas) > 1 else ""
         cflags += f" -DHVP_CUDA_ARCHS={','.join(map(str, archs))}" if archs else ""

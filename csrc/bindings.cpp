@@ -37,9 +37,9 @@ std::vector<int> cuda_archs() {
 
 PYBIND11_MODULE(_C, m) {
     using namespace hvprune;
-    bindings::define_cpu(m);
+    bindings::define_cpu(m.def_submodule("cpu"));
 #ifdef HVP_CUDA_ARCHS
-    bindings::define_cuda(m);
+    bindings::define_cuda(m.def_submodule("cuda"));
 #endif
     m.def("cpu_isas", &cpu_isas);
     m.def("cpu_isa", [] { return std::string(cpu_isa_name(cpu_isa())); });

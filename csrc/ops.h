@@ -104,6 +104,13 @@ struct GatherTokensArgs {
     int num_threads;
 };
 
+struct HivtpSelectArgs {
+    AttentionImportanceArgs attention;  // without importance, cls_row and num_threads
+    HierarchicalSelectArgs selection;   // of that importance: without scores and num_threads
+    int num_threads;
+    void* scratch = nullptr;  // CUDA only: B * (16 * N + 4) bytes aligned to 8, in any state
+};
+
 struct VisprunerSelectArgs {
     const void* features;  // [B, N, C], last dimension contiguous
     int64_t batch_stride, token_stride;
@@ -127,6 +134,7 @@ void cosine_similarity_cpu(const CosineSimilarityArgs& args);
 void diverse_select_cpu(const DiverseSelectArgs& args);
 void gather_tokens_cpu(const GatherTokensArgs& args);
 void hierarchical_select_cpu(const HierarchicalSelectArgs& args);
+void hivtp_select_cpu(const HivtpSelectArgs& args);
 void vispruner_select_cpu(const VisprunerSelectArgs& args);
 
 // The CUDA kernels, started on a stream of the current device; addresses are of its memory, but for the arrays of
@@ -138,6 +146,7 @@ void cosine_similarity_cuda(const CosineSimilarityArgs& args, cudaStream_t strea
 void diverse_select_cuda(const DiverseSelectArgs& args, cudaStream_t stream);
 void gather_tokens_cuda(const GatherTokensArgs& args, cudaStream_t stream);
 void hierarchical_select_cuda(const HierarchicalSelectArgs& args, cudaStream_t stream);
+void hivtp_select_cuda(const HivtpSelectArgs& args, cudaStream_t stream);
 void vispruner_select_cuda(const VisprunerSelectArgs& args, cudaStream_t stream);
 
 // Instruction sets, narrowest first: "baseline", "avx2", "avx512". Setting one is for tests; it throws

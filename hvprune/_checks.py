@@ -7,6 +7,7 @@ or dtype, ValueError for a wrong shape, range or mix of devices.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 FLOAT_DTYPES = (torch.float32, *HALF_DTYPES)
@@ -15,9 +16,9 @@ _FLOATS = "float32, float16 or bfloat16"
 
 def describe(value) -> str:
     """A tensor as ``float32 (2, 576) on cpu``, anything else as its repr."""
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)} on {value.device}"
-    if isinstance(value, (list, tuple)) and any(isinstance(item, torch.Tensor) for item in value):
+    if isinstance(value, (list, tuple)) and any(isinstance(item, Tensor) for item in value):
         return f"[{', '.join(describe(item) for item in value)}]"
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
@@ -33,7 +34,7 @@ def value_error(op: str, argument: str, expectation: str, actual) -> ValueError:
 
 def check_floats(op: str, argument: str, value, letters: str, ndim: int) -> None:
     """A float32, float16 or bfloat16 tensor of ``ndim`` dimensions; ``letters`` names them in the message."""
-    if not isinstance(value, torch.Tensor) or value.dtype not in FLOAT_DTYPES:
+    if not isinstance(value, Tensor) or value.dtype not in FLOAT_DTYPES:
         raise type_error(op, argument, f"a {_FLOATS} tensor {letters}", value)
     if value.dim() != ndim:
         raise value_error(op, argument, f"a tensor {letters}", value)
@@ -41,29 +42,38 @@ def check_floats(op: str, argument: str, value, letters: str, ndim: int) -> None
 
 def as_layers(value):
     """One tensor or a sequence of them as a list; anything else unchanged, for check_layers to refuse."""
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, Tensor):
         return [value]
     return list(value) if isinstance(value, tuple) else value
 
 
-def check_layers(op: str, argument: str, layers, letters: str, like: torch.Tensor | None = None) -> None:
-    """A non-empty list of 4-dimensional float tensors, one per layer, all of one shape, dtype and device."""
+def check_layers(op: str, argument: str, layers, letters: str, like: Tensor | None = None) -> torch.Size:
+    """A non-empty list of 4-dimensional float tensors, one per layer, all of one shape, dtype and device.
+
+    Returns that shape.
+    """
     if not isinstance(layers, (list, tuple)) or not layers:
         raise type_error(op, argument, f"a tensor {letters} or a non-empty sequence of them", layers)
-    like = layers[0] if like is None else like
+    if like is None:
+        like = layers[0]
+        check_floats(op, argument, like, letters, 4)
+    shape = like.shape
     for layer in layers:
-        check_floats(op, argument, layer, letters, 4)
         if layer is like:
             continue
-        if layer.dtype != like.dtype:
+        if not isinstance(layer, Tensor) or layer.dtype != like.dtype:
+            check_floats(op, argument, layer, letters, 4)
             raise type_error(op, argument, f"of one dtype, {like.dtype}", layer)
-        if layer.shape != like.shape or layer.device != like.device:
-            raise value_error(op, argument, f"all shaped {tuple(like.shape)} on {like.device}", layer)
+        if layer.shape != shape or layer.device != like.device:
+            check_floats(op, argument, layer, letters, 4)
+            raise value_error(op, argument, f"all shaped {tuple(shape)} on {like.device}", layer)
+    return shape
 
 
 def check_prefix(op: str, length: int, num_prefix_tokens, rows: str) -> None:
     """At least one patch token after the prefix, and a CLS row when one is asked for."""
-    check_int(op, "num_prefix_tokens", num_prefix_tokens)
+    if type(num_prefix_tokens) is not int:
+        check_int(op, "num_prefix_tokens", num_prefix_tokens)
     if not 0 <= num_prefix_tokens < length:
         raise value_error(op, "num_prefix_tokens", f"in [0, L) with L={length}", num_prefix_tokens)
     if rows not in ("all", "cls"):
@@ -79,14 +89,19 @@ def check_int(op: str, argument: str, value) -> None:
 
 def check_num_tokens(op: str, num_tokens, available: int) -> None:
     """A token budget in 0..N."""
-    check_int(op, "num_tokens", num_tokens)
+    if type(num_tokens) is not int:
+        check_int(op, "num_tokens", num_tokens)
     if not 0 <= num_tokens <= available:
         raise value_error(op, "num_tokens", f"in [0, N] with N={available}", num_tokens)
 
 
+def check_float(op: str, argument: str, value, expectation: str = "a float") -> None:
+    if type(value) is not float and (isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat))):
+        raise type_error(op, argument, expectation, value)
+
+
 def check_ratio(op: str, argument: str, value) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat)):
-        raise type_error(op, argument, "a float", value)
+    check_float(op, argument, value)
     if not 0.0 <= value <= 1.0:  # NaN fails too
         raise value_error(op, argument, "in [0, 1]", value)
 
@@ -103,6 +118,6 @@ def check_pair(op: str, argument: str, value) -> None:
         raise value_error(op, argument, "a pair of ints of at least 1", value)
 
 
-def check_same_device(op: str, argument: str, value: torch.Tensor, other: str, like: torch.Tensor) -> None:
+def check_same_device(op: str, argument: str, value: Tensor, other: str, like: Tensor) -> None:
     if value.device != like.device:
         raise value_error(op, argument, f"on {like.device} like {other}", value)

@@ -1,7 +1,7 @@
-"""The compiled extension ``hvprune._C`` and what is needed to hand tensors to it.
+"""The compiled extension ``hvprune._C``: a function per op in ``_C.cpu`` and, built with CUDA, in ``_C.cuda``.
 
-The extension knows nothing of torch: it takes addresses, sizes and strides in elements. Outputs are allocated
-here in Python; the native code writes into them.
+It is linked with no library of torch: it asks tensors for their address and strides as Python does. Outputs are
+allocated here in Python; the native code writes into them.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 
 import torch
+from torch import get_num_threads
 
 try:
     C, _IMPORT_ERROR = import_module("hvprune._C"), None
@@ -32,15 +33,10 @@ def why_no_cuda() -> str | None:
     return None
 
 
-def rows(x: torch.Tensor) -> torch.Tensor:
-    """``x`` itself if its last dimension is contiguous, else a copy."""
-    return x if x.stride(-1) == 1 or x.size(-1) <= 1 else x.contiguous()
-
-
-def launch(op: str, lead: torch.Tensor, *args) -> None:
-    """Runs the kernels of an op where ``lead`` is: with torch's number of threads, or in the GPU's current stream."""
-    if lead.is_cpu:
-        getattr(C, op + "_cpu")(*args, torch.get_num_threads())
+def launch(op: str, output: torch.Tensor, *args) -> None:
+    """Runs the kernels of an op where its output is: with torch's number of threads, or in the GPU's current stream."""
+    if output.is_cpu:
+        getattr(C.cpu, op)(output, *args, get_num_threads())
     else:
-        with torch.cuda.device(lead.device):
-            getattr(C, op + "_cuda")(*args, torch.cuda.current_stream().cuda_stream)
+        with torch.cuda.device(output.device):
+            getattr(C.cuda, op)(output, *args, torch.cuda.current_stream().cuda_stream)

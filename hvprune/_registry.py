@@ -99,10 +99,11 @@ class Op:
         defaults = tuple(argument.default_value for argument in self.torch_op._schema.arguments)
 
         def body(*args):
-            return self.run((*args, *defaults[len(args) :]))
+            *inputs, backend = (*args, *defaults[len(args) :])
+            return self._implementation(check(*inputs), backend)(*inputs)
 
         def fake(*args):
-            inputs = (*args, *defaults[len(args) :])[:-1]
+            *inputs, _ = (*args, *defaults[len(args) :])
             check(*inputs)
             return out(*inputs)
 
@@ -113,20 +114,19 @@ class Op:
     def __call__(self, *args):
         if is_compiling():
             return self.torch_op(*args)
-        lead = args[0][0] if type(args[0]) is list and args[0] else args[0]
-        if type(lead) not in _PLAIN_TENSORS and isinstance(lead, torch.Tensor):
-            return self.torch_op(*args)  # a fake or otherwise wrapped tensor has no memory to read
-        return self.run(args)
-
-    def run(self, args: tuple):
-        *inputs, backend = args
+        inputs = args[:-1]
         lead = self.check(*inputs)
+        if type(lead) not in _PLAIN_TENSORS:
+            return self.torch_op(*args)  # a fake or otherwise wrapped tensor has no memory to read
+        return self._implementation(lead, args[-1])(*inputs)
+
+    def _implementation(self, lead: torch.Tensor, backend: str) -> Callable:
         device_type = "cpu" if lead.is_cpu else lead.device.type  # the attribute costs a fifth
         implementation = self._chosen.get((backend, device_type))
         if implementation is None:
             implementation = self.backends[self.resolve(backend, device_type)]
             self._chosen[backend, device_type] = implementation
-        return implementation(*inputs)
+        return implementation
 
     def resolve(self, backend: str, device_type: str) -> str:
         """The name of the backend that a call with tensors of that device runs on; raises BackendUnavailable."""

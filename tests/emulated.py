@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-import torch
-
 from hvprune import _native, ops, testing
 from hvprune._registry import OPS
 
@@ -75,9 +73,9 @@ class Emulated:
                     op._chosen[cpu] = chosen
 
 
-def _launch(op: str, lead: torch.Tensor, *args) -> None:
+def _launch(op: str, *args) -> None:
     stream = 0
-    getattr(library(), f"{op}_cuda")(*args, stream)
+    getattr(library(), op)(*args, stream)
 
 
 def emulated(op: str) -> list[Emulated]:

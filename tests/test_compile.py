@@ -28,13 +28,13 @@ def fresh_compiler():
 def schema_arguments(op: str, args: tuple, kwargs: dict, backend: Backend) -> tuple:
     """The arguments with which the public function calls its torch op."""
     seen = []
-    original = OPS[op].run
-    OPS[op].run = lambda inputs: seen.append(inputs) or original(inputs)
+    original = OPS[op].check
+    OPS[op].check = lambda *inputs: seen.append(inputs) or original(*inputs)
     try:
         backend.call(op, args, kwargs)
     finally:
-        OPS[op].run = original
-    return seen[0]
+        OPS[op].check = original
+    return *seen[0], backend.name
 
 
 @pytest.mark.parametrize("op", sorted(OPS))

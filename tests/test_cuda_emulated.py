@@ -85,6 +85,7 @@ def test_small_cases_in_random_order(op, capability):
             assert_same_bits(result, expected(case, torch.float32), str(case))
 
 
+@pytest.mark.sanitizer
 @pytest.mark.skipif(not PAIRS, reason="no CUDA headers to emulate with")
 @pytest.mark.parametrize("sanitize", ["address,undefined", "thread"])
 def test_sanitizer_finds_nothing(sanitize):
@@ -94,6 +95,7 @@ def test_sanitizer_finds_nothing(sanitize):
     assert "Sanitizer" not in result.stderr and "runtime error" not in result.stderr, result.stderr
 
 
+@pytest.mark.sanitizer
 @pytest.mark.skipif(not PAIRS, reason="no CUDA headers to emulate with")
 @pytest.mark.parametrize("op", sorted(CASES))
 def test_every_barrier_is_needed_and_its_loss_noticed(op):

@@ -243,6 +243,7 @@ library.bug(values.buffer_info()[0], out.buffer_info()[0], library.Bug.{bug})
 """
 
 
+@pytest.mark.sanitizer
 @pytest.mark.parametrize(
     "bug, sanitize, report",
     [
@@ -268,6 +269,7 @@ def test_sanitizer_finds(bug, sanitize, report):
         assert report in result.stderr and "selftest_bugs.cu:" in result.stderr, result.stderr
 
 
+@pytest.mark.sanitizer
 @pytest.mark.parametrize("sanitize", ["address,undefined", "thread"])
 def test_sanitizer_finds_nothing_in_correct_kernels(sanitize):
     selection = f"test_values and {FIBERS} and (forward or random1)"
@@ -296,6 +298,7 @@ for barrier, verdict in mutate.verdicts(work, mutate.barriers([Path({path!r}) / 
 """
 
 
+@pytest.mark.sanitizer
 def test_mutation_tells_needed_barriers_from_redundant_ones():
     result = build.run_sanitized(["-c", MUTATION.format(path=str(EMULATION))], "thread")
     assert result.returncode == 0, result.stderr

@@ -370,16 +370,13 @@ def test_error_of_a_launch_is_named(backend):
     features = torch.ones(1, 4, 8, device=backend.device)
     kept = torch.zeros(1, 2, dtype=torch.int64, device=backend.device)
     out = torch.empty(1, 2, 8, device=backend.device)
-    shapes = *features.shape, kept.shape[1]
     driver = ctypes.CDLL("libcuda.so.1")
     stream, graph = ctypes.c_void_p(), ctypes.c_void_p()
     assert driver.cuStreamCreate(ctypes.byref(stream), 1) == 0  # non-blocking
     assert driver.cuStreamBeginCapture_v2(stream, 2) == 0  # relaxed: other threads are not watched
     assert driver.cuStreamSynchronize(stream) != 0
     with pytest.raises(RuntimeError, match=r"^gather_tokens: cudaError\w+: .+ \(.*gather_tokens\.cu:\d+\)$"):
-        _native.C.gather_tokens_cuda(
-            features.data_ptr(), 32, 8, kept.data_ptr(), 2, out.data_ptr(), 0, *shapes, 0.0, stream.value
-        )
+        _native.C.cuda.gather_tokens(out, features, kept, 0.0, stream.value)
     assert driver.cuStreamEndCapture(stream, ctypes.byref(graph)) != 0
     assert driver.cuStreamDestroy_v2(stream) == 0
     assert works(backend)

@@ -33,9 +33,7 @@ print(module.cpu_isa())
 
 
 def test_exports_every_op():
-    exported = {name for name in dir(_native.C) if name.endswith("_cpu")}
-    # hivtp_select calls the kernels of its two ops.
-    assert exported == {f"{op}_cpu" for op in OPS} - {"hivtp_select_cpu"}
+    assert {name for name in dir(_native.C.cpu) if not name.startswith("_")} == set(OPS)
 
 
 needs_cuda = pytest.mark.skipif(not _native.C.cuda_archs, reason="hvprune._C was built without CUDA")
@@ -43,13 +41,20 @@ needs_cuda = pytest.mark.skipif(not _native.C.cuda_archs, reason="hvprune._C was
 
 @needs_cuda
 def test_exports_the_cuda_kernels():
-    exported = {name for name in dir(_native.C) if name.endswith("_cuda")}
-    # hivtp_select calls the functions of its two ops.
-    assert exported == {f"{op}_cuda" for op in OPS if "cuda" in OPS[op].backends} - {"hivtp_select_cuda"}
+    exported = {name for name in dir(_native.C.cuda) if not name.startswith("_")}
+    assert exported == {op for op in OPS if "cuda" in OPS[op].backends}
 
 
 def test_cuda_compiled_where_it_was_asked_for():
     assert _native.C.cuda_archs or os.environ.get("HVPRUNE_CUDA") != "1"
+
+
+def X(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape)  # on a CPU: a launch that fails reads no element
+
+
+LAYERS = [X(1, 1, 2, 1)]
+SELECTION = X(1, 1), X(1), X(1, 1)
 
 
 @needs_cuda
@@ -57,21 +62,22 @@ def test_cuda_compiled_where_it_was_asked_for():
 @pytest.mark.parametrize(
     "op, arguments",
     [
-        ("aggregate_attention", ([(0, 4, 4, 2)], 0, 0, 1, 1, 2, 1, False)),
-        ("attention_importance", ([(0,) * 11], 0, 0, 1, 1, 2, 1, 1, False, 1.0, 0)),
-        ("cosine_similarity", (0, 1, 1, 0, 0, 1, 1, 1)),
-        ("diverse_select", (0, 1, 1, 0, 0, 1, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 8)),
-        ("gather_tokens", (0, 1, 1, 0, 1, 0, 0, 1, 1, 1, 1, 0.0)),
-        ("hierarchical_select", (0, 1, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1.0, 1, False, False)),
-        ("vispruner_select", (0, 1, 1, 0, 0, 1, 0, 0, 0, 0, 1, 1, 1, 1, 1, 8, 0)),
+        ("aggregate_attention", (X(1, 1), [X(1, 1, 2, 2)], 1, False)),
+        ("attention_importance", (X(1, 1), LAYERS, LAYERS, (), 1, False, 1.0, X(4))),
+        ("cosine_similarity", (X(1, 1, 1), X(1, 1, 1))),
+        ("diverse_select", (*SELECTION, None, 0, X(1, 1, 1), X(1, 1), 1, 1, 8)),
+        ("gather_tokens", (X(1, 1, 1), X(1, 1, 1), X(1, 1), 0.0)),
+        ("hierarchical_select", (*SELECTION, X(1, 1), *[(1, 1)] * 3, 1.0, 1, False)),
+        ("hivtp_select", (*SELECTION, LAYERS, LAYERS, 1, 1.0, *[(1, 1)] * 3, 1.0, 1, False, X(5))),
+        ("vispruner_select", (*SELECTION, X(1, 1, 1), X(1, 1), 1, 1, 8, X(1, 1, 1))),
     ],
 )
 def test_without_a_device_a_launch_names_op_error_and_line(op, arguments):
-    # vispruner_select launches the kernels of other ops, and hivtp_select calls their functions.
-    launched = {"vispruner_select": "cosine_similarity"}.get(op, op)
+    # A pipeline launches the kernels of its ops.
+    launched = {"hivtp_select": "attention_importance", "vispruner_select": "cosine_similarity"}.get(op, op)
     message = rf"^{launched}: cudaError\w+: .+ \(.*csrc/cuda/({launched}\w*\.cu|device\.cuh):\d+\)$"
     with pytest.raises(RuntimeError, match=message):
-        getattr(_native.C, f"{op}_cuda")(*arguments, 0)
+        getattr(_native.C.cuda, op)(*arguments, 0)
 
 
 def test_links_neither_torch_nor_cuda():

@@ -12,18 +12,15 @@ import pytest
 import hvprune
 from hvprune import ops, reference
 from hvprune._registry import OPS
-from hvprune.testing import CASES, PIPELINES
+from hvprune.testing import CASES
 
 ROOT = Path(__file__).parent.parent
-COMPOSED = {"hivtp_select"}  # no kernel of its own on a CPU: it calls those of its two ops
 
 
 @pytest.mark.parametrize("op", sorted(OPS))
 def test_every_op_has_its_files(op):
     files = [f"hvprune/ops/{op}.py", f"hvprune/reference/{op}.py", f"tests/test_{op}.py", f"benchmarks/bench_{op}.py"]
-    files += [f"triton_kernels/{op}.py"]
-    files += [] if op in COMPOSED else [f"csrc/cpu/{op}.cpp"]
-    files += [f"csrc/cuda/{op}.cu"] if "cuda" in OPS[op].backends and op not in PIPELINES else []
+    files += [f"triton_kernels/{op}.py", f"csrc/cpu/{op}.cpp", f"csrc/cuda/{op}.cu"]
     assert [name for name in files if not (ROOT / name).is_file()] == []
     assert f"`{op}`" in (ROOT / "README.md").read_text()
     assert CASES[op]

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 # The interpreter's dot multiplies the bit patterns of bfloat16; there operands go to float32 first.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 # Keys of a NaN, which ranks below -inf, and of an element that does not take part at all.
 NAN_KEY = tl.constexpr(-(2**31) + 1)
 NO_KEY = tl.constexpr(-(2**31))
+
+
+def contiguous_rows(x: Tensor) -> Tensor:
+    """``x`` itself if its last dimension is contiguous, else a copy."""
+    return x if x.stride()[-1] == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
 # Triton's own functions of these names take microseconds, because they serve kernels too.

@@ -16,9 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .._native import rows as contiguous_rows
 from ..ops.aggregate_attention import _out
-from ._common import cdiv, pick_layer
+from ._common import cdiv, contiguous_rows, pick_layer
 
 SUM_BLOCK_ROWS, SUM_BLOCK_COLS, SUM_NUM_WARPS = 64, 128, 4
 MEAN_BLOCK_ROWS, MEAN_BLOCK_COLS, MEAN_NUM_WARPS = 128, 16, 8

@@ -21,9 +21,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .._native import rows as contiguous_rows
 from ..ops.attention_importance import _out
-from ._common import cdiv, dot, next_power_of_2, pick_layer
+from ._common import cdiv, contiguous_rows, dot, next_power_of_2, pick_layer
 from .aggregate_attention import mean_rows
 
 SINGLE_PASS_MAX = 1024  # keys whose scores fit in registers, of half inputs

@@ -17,9 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .._native import rows
 from ..ops.cosine_similarity import _out
-from ._common import cdiv, dot
+from ._common import cdiv, contiguous_rows, dot
 
 SCALE_BLOCK_ROWS, SCALE_BLOCK_C, SCALE_NUM_WARPS = 4, 1024, 4
 # Tile side, channels per step, warps, pipeline stages.
@@ -132,7 +131,7 @@ def cosine_similarity(features):
     similarity = _out(features)
     if similarity.numel() == 0:
         return similarity
-    features = rows(features)
+    features = contiguous_rows(features)
     batch, total, channels = features.shape
     scaled = features.new_empty(features.shape)
     factor = features.new_empty((batch, total), dtype=torch.float32)

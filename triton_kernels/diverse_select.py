@@ -18,9 +18,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .._native import rows
 from ..ops.diverse_select import _out
-from ._common import next_power_of_2, ordered_key, write_selection
+from ._common import contiguous_rows, next_power_of_2, ordered_key, write_selection
 
 BLOCK_A = 16  # rows of similarity read at once
 MAX_BLOCK = 1024  # columns read at once, and elements of a list handled at once
@@ -158,13 +157,13 @@ def _diverse_select_kernel(
 
 
 def diverse_select(similarity, importance, num_tokens, important_ratio, removals_per_round, return_trace):
-    """(B, N, N) and (B, N) -> indices (B, K) int64, counts (B,) int32, mask (B, N) bool, trace."""
-    indices, counts, mask, trace = outputs = _out(
-        similarity, importance, num_tokens, important_ratio, removals_per_round, return_trace
-    )
+    """(B, N, N) and (B, N) -> indices (B, K) int64, counts (B,) int32, mask (B, N) bool[, trace]."""
+    outputs = _out(similarity, importance, num_tokens, important_ratio, removals_per_round, return_trace)
+    indices, counts, mask, *trace = outputs
+    trace = trace[0] if return_trace else indices  # which is not written then
     if counts.numel() == 0:
         return outputs
-    similarity, importance = rows(similarity), rows(importance)
+    similarity, importance = contiguous_rows(similarity), contiguous_rows(importance)
     batch, total = importance.shape
     scratch = counts.new_empty((batch, 4, total))
     with torch.cuda.device_of(similarity):

@@ -11,9 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .._native import rows
 from ..ops.gather_tokens import _out
-from ._common import cdiv, next_power_of_2
+from ._common import cdiv, contiguous_rows, next_power_of_2
 
 BLOCK_M = 4
 MAX_BLOCK_C = 1024
@@ -65,7 +64,7 @@ def gather_tokens(features, indices, pad_value):
     out = _out(features, indices, pad_value)
     if out.numel() == 0:
         return out
-    features, indices = rows(features), rows(indices)
+    features, indices = contiguous_rows(features), contiguous_rows(indices)
     block_c = min(next_power_of_2(channels), MAX_BLOCK_C)
     grid = (batch * cdiv(width, BLOCK_M), cdiv(channels, block_c))
     with torch.cuda.device_of(features):

@@ -15,9 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .._native import rows
 from ..ops.hierarchical_select import _out, resolve_grid
-from ._common import NO_KEY, cdiv, next_power_of_2, ordered_key, write_selection
+from ._common import NO_KEY, cdiv, contiguous_rows, next_power_of_2, ordered_key, write_selection
 
 TOKENS_PER_WARP = 128
 SELECTION_BLOCK = 1024
@@ -160,7 +159,7 @@ def hierarchical_select(scores, grid, regions, keep_ratio, window, num_tokens):
     indices, counts, mask = outputs = _out(scores, grid, regions, keep_ratio, window, num_tokens)
     if counts.numel() == 0:
         return outputs
-    scores = rows(scores)
+    scores = contiguous_rows(scores)
     grid = resolve_grid("hierarchical_select", grid, mask.shape[1])
     low, narrow = grid[0] // regions[0], grid[1] // regions[1]
     height, width = cdiv(grid[0], regions[0]), cdiv(grid[1], regions[1])

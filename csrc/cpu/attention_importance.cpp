@@ -32,7 +32,7 @@ struct Workspace {
 template <class T>
 void pack_keys(const T* key, int64_t row_stride, int64_t L, int64_t D, const Workspace& work) {
     const int64_t padded_dim = round_up(D, kWidth);
-    for (int64_t j = 0; j < round_up(L, kPanelCols); j += kPackedRows) {
+    for (int64_t j = 0; j < round_up(L, kWidth); j += kPackedRows) {
         for (int64_t i = 0; i < kPackedRows; ++i) {
             float* row = work.rows + i * padded_dim;
             if (j + i < L) {
@@ -178,9 +178,8 @@ void attention_importance(const AttentionImportanceArgs& args) {
     const int threads = threads_for(items, (args.cls_row ? 1 : args.L) * args.L * args.D, args.num_threads);
     Carver sizes(nullptr);
     Workspace{sizes, args.L, args.D};
-    const Scratch scratch(threads * sizes.used());
-    const Scratch partial_scratch(items * N * static_cast<int64_t>(sizeof(double)));
-    double* partials = reinterpret_cast<double*>(partial_scratch.data());  // [B][layers][H][N]
+    const Scratch scratch(threads * sizes.used() + items * N * static_cast<int64_t>(sizeof(double)));
+    double* partials = reinterpret_cast<double*>(scratch.data() + threads * sizes.used());  // [B][layers][H][N]
 
     with_team(threads, [&] {
         Carver carver(scratch.data() + omp_get_thread_num() * sizes.used());

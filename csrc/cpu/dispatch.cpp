@@ -54,6 +54,7 @@ void attention_importance_cpu(const AttentionImportanceArgs& args) { HVP_RUN(att
 void cosine_similarity_cpu(const CosineSimilarityArgs& args) { HVP_RUN(cosine_similarity, args); }
 void diverse_select_cpu(const DiverseSelectArgs& args) { HVP_RUN(diverse_select, args); }
 void hierarchical_select_cpu(const HierarchicalSelectArgs& args) { HVP_RUN(hierarchical_select, args); }
+void hivtp_select_cpu(const HivtpSelectArgs& args) { HVP_RUN(hivtp_select, args); }
 void vispruner_select_cpu(const VisprunerSelectArgs& args) { HVP_RUN(vispruner_select, args); }
 
 void gather_tokens_cpu(const GatherTokensArgs& args) {

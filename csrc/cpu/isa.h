@@ -16,6 +16,7 @@
     void diverse_select(const DiverseSelectArgs& args);             \
     void gather_tokens(const GatherTokensArgs& args);               \
     void hierarchical_select(const HierarchicalSelectArgs& args);   \
+    void hivtp_select(const HivtpSelectArgs& args);                 \
     void vispruner_select(const VisprunerSelectArgs& args);         \
     }
 

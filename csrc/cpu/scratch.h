@@ -12,19 +12,22 @@ constexpr int64_t kCacheLine = 64;  // bytes
 
 class Scratch {
  public:
-    explicit Scratch(int64_t bytes) : data_(nullptr) {
-        if (bytes <= 0) return;
-        data_ = std::aligned_alloc(kCacheLine, round_up(bytes, kCacheLine));
+    explicit Scratch(int64_t bytes) : data_(local_) {
+        if (bytes <= static_cast<int64_t>(sizeof local_)) return;
+        data_ = static_cast<char*>(std::aligned_alloc(kCacheLine, round_up(bytes, kCacheLine)));
         if (data_ == nullptr) throw std::bad_alloc();
     }
-    ~Scratch() { std::free(data_); }
+    ~Scratch() {
+        if (data_ != local_) std::free(data_);
+    }
     Scratch(const Scratch&) = delete;
     Scratch& operator=(const Scratch&) = delete;
 
-    char* data() const { return static_cast<char*>(data_); }
+    char* data() const { return data_; }
 
  private:
-    void* data_;
+    char* data_;
+    alignas(kCacheLine) char local_[4096];  // for small inputs, whose kernels take less time than an allocation
 };
 
 // Cuts pieces from a block of memory; with a null block it only adds up what they need.

@@ -50,12 +50,11 @@ def aggregate_attention(
 
 def _check(attentions, num_prefix_tokens, rows):
     op = "aggregate_attention"
-    check_layers(op, "attentions", attentions, "(B, H, L, L)")
-    lead = attentions[0]
-    if lead.shape[2] != lead.shape[3] or lead.shape[1] < 1:
-        raise value_error(op, "attentions", "shaped (B, H, L, L) with H >= 1", lead)
-    check_prefix(op, lead.shape[3], num_prefix_tokens, rows)
-    return lead
+    _, heads, length, columns = check_layers(op, "attentions", attentions, "(B, H, L, L)")
+    if length != columns or heads < 1:
+        raise value_error(op, "attentions", "shaped (B, H, L, L) with H >= 1", attentions[0])
+    check_prefix(op, length, num_prefix_tokens, rows)
+    return attentions[0]
 
 
 def _out(attentions, num_prefix_tokens, rows):
@@ -69,21 +68,7 @@ def _reference(attentions, num_prefix_tokens, rows):
 
 def _compiled(attentions, num_prefix_tokens, rows):
     out = _out(attentions, num_prefix_tokens, rows)
-    attentions = [_native.rows(layer) for layer in attentions]
-    lead = attentions[0]
-    batch, heads, length, _ = lead.shape
-    _native.launch(
-        "aggregate_attention",
-        out,
-        [(layer.data_ptr(), *layer.stride()[:3]) for layer in attentions],
-        out.data_ptr(),
-        _native.DTYPE_CODES[lead.dtype],
-        batch,
-        heads,
-        length,
-        num_prefix_tokens,
-        rows == "cls",
-    )
+    _native.launch("aggregate_attention", out, attentions, num_prefix_tokens, rows == "cls")
     return out
 
 

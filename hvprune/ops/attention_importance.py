@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _native, reference
-from .._checks import as_layers, check_layers, check_prefix, type_error, value_error
+from .._checks import as_layers, check_float, check_layers, check_prefix, type_error, value_error
 from .._registry import Op, from_triton
 
 
@@ -54,24 +54,23 @@ def attention_importance(
     return _OP(as_layers(queries), as_layers(keys), num_prefix_tokens, rows, scale, logsumexp, backend)
 
 
-def check_queries_keys(op: str, queries, keys, scale) -> Tensor:
-    """Layers of Q and K that belong together; returns the first Q."""
+def check_queries_keys(op: str, queries, keys, scale) -> int:
+    """Layers of Q and K that belong together; returns L."""
     check_layers(op, "queries", queries, "(B, H, L, D)")
-    lead = queries[0]
-    check_layers(op, "keys", keys, "(B, H, L, D)", like=lead)
+    _, heads, length, dim = check_layers(op, "keys", keys, "(B, H, L, D)", like=queries[0])
     if len(keys) != len(queries):
         raise value_error(op, "keys", f"as many layers as queries, {len(queries)}", len(keys))
-    if lead.shape[1] < 1 or lead.shape[3] < 1:
-        raise value_error(op, "queries", "shaped (B, H, L, D) with H >= 1 and D >= 1", lead)
-    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat))):
-        raise type_error(op, "scale", "a float or None", scale)
-    return lead
+    if heads < 1 or dim < 1:
+        raise value_error(op, "queries", "shaped (B, H, L, D) with H >= 1 and D >= 1", queries[0])
+    if scale is not None:
+        check_float(op, "scale", scale, "a float or None")
+    return length
 
 
 def _check(queries, keys, num_prefix_tokens, rows, scale, logsumexp):
     op = "attention_importance"
-    lead = check_queries_keys(op, queries, keys, scale)
-    check_prefix(op, lead.shape[2], num_prefix_tokens, rows)
+    check_prefix(op, check_queries_keys(op, queries, keys, scale), num_prefix_tokens, rows)
+    lead = queries[0]
     if logsumexp is not None:
         if not isinstance(logsumexp, list):
             raise type_error(op, "logsumexp", "a tensor (B, H, L), a sequence of them or None", logsumexp)
@@ -98,29 +97,17 @@ def _reference(queries, keys, num_prefix_tokens, rows, scale, logsumexp):
 
 def _compiled(queries, keys, num_prefix_tokens, rows, scale, logsumexp, scratch=None):
     out = _out(queries, keys, num_prefix_tokens, rows, scale, logsumexp)
-    # The lists keep copies of oddly strided inputs alive until the call returns.
-    queries = [_native.rows(layer) for layer in queries]
-    keys = [_native.rows(layer) for layer in keys]
-    logsumexp = None if logsumexp is None else [_native.rows(layer) for layer in logsumexp]
-    layers = []
-    for i, (query, key) in enumerate(zip(queries, keys, strict=True)):
-        normaliser = (0, 0, 0) if logsumexp is None else (logsumexp[i].data_ptr(), *logsumexp[i].stride()[:2])
-        layers.append((query.data_ptr(), *query.stride()[:3], key.data_ptr(), *key.stride()[:3], *normaliser))
-    batch, heads, length, dim = queries[0].shape
+    scale = queries[0].shape[3] ** -0.5 if scale is None else scale
     _native.launch(
         "attention_importance",
         out,
-        layers,
-        out.data_ptr(),
-        _native.DTYPE_CODES[queries[0].dtype],
-        batch,
-        heads,
-        length,
-        dim,
+        queries,
+        keys,
+        logsumexp or (),
         num_prefix_tokens,
         rows == "cls",
-        dim**-0.5 if scale is None else scale,
-        0 if scratch is None else scratch.data_ptr(),
+        scale,
+        scratch,
     )
     return out
 

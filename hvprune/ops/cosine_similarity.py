@@ -46,16 +46,7 @@ def _out(features):
 
 def _compiled(features):
     similarity = _out(features)
-    features = _native.rows(features)
-    _native.launch(
-        "cosine_similarity",
-        features,
-        features.data_ptr(),
-        *features.stride()[:2],
-        similarity.data_ptr(),
-        _native.DTYPE_CODES[features.dtype],
-        *features.shape,
-    )
+    _native.launch("cosine_similarity", similarity, features)
     return similarity
 
 

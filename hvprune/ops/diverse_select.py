@@ -60,11 +60,11 @@ def diverse_select(
 
     Source: VisPruner, arXiv 2412.01818, important and diverse tokens.
     """
-    indices, counts, mask, trace = _OP(
+    indices, counts, mask, *trace = _OP(
         similarity, importance, num_tokens, important_ratio, removals_per_round, return_trace, backend
     )
     selection = Selection(indices, counts, mask)
-    return (selection, trace) if return_trace else selection
+    return (selection, *trace) if return_trace else selection
 
 
 def check_budget(op: str, importance, num_tokens, important_ratio, removals_per_round) -> None:
@@ -99,49 +99,43 @@ def _num_rounds(residual: int, num_diverse: int, removals_per_round: int) -> int
 
 def _out(similarity, importance, num_tokens, important_ratio, removals_per_round, return_trace):
     batch, total = importance.shape
-    lists, residual = 0, 0
-    if return_trace:
-        num_important = int(num_tokens * important_ratio)
-        residual = total - num_important
-        lists = 1 + _num_rounds(residual, num_tokens - num_important, removals_per_round)
-    trace = importance.new_empty(batch, lists, residual, dtype=torch.int64)
-    return *empty_selection(importance, batch, num_tokens, total), trace
+    selection = empty_selection(importance, batch, num_tokens, total)
+    if not return_trace:
+        return [*selection]
+    num_important = int(num_tokens * important_ratio)
+    residual = total - num_important
+    rounds = _num_rounds(residual, num_tokens - num_important, removals_per_round)
+    return [*selection, importance.new_empty(batch, rounds + 1, residual, dtype=torch.int64)]
 
 
 def _reference(similarity, importance, num_tokens, important_ratio, removals_per_round, return_trace):
-    selection, trace = reference.diverse_select(
+    result = reference.diverse_select(
         similarity,
         importance,
         num_tokens,
         important_ratio=important_ratio,
         removals_per_round=removals_per_round,
-        return_trace=True,
+        return_trace=return_trace,
     )
-    return *selection, trace if return_trace else trace.new_empty(trace.shape[0], 0, 0)
+    if not return_trace:
+        return [*result]
+    selection, trace = result
+    return [*selection, trace]
 
 
 def _compiled(similarity, importance, num_tokens, important_ratio, removals_per_round, return_trace):
-    indices, counts, mask, trace = outputs = _out(
-        similarity, importance, num_tokens, important_ratio, removals_per_round, return_trace
-    )
-    similarity, importance = _native.rows(similarity), _native.rows(importance)
+    outputs = _out(similarity, importance, num_tokens, important_ratio, removals_per_round, return_trace)
+    num_important = int(num_tokens * important_ratio)
+    *selection, trace = outputs if return_trace else (*outputs, None)
     _native.launch(
         "diverse_select",
+        *selection,
+        trace,
+        trace.shape[1] if return_trace else 0,
+        similarity,
         importance,
-        similarity.data_ptr(),
-        *similarity.stride()[:2],
-        _native.DTYPE_CODES[similarity.dtype],
-        importance.data_ptr(),
-        importance.stride(0),
-        _native.DTYPE_CODES[importance.dtype],
-        indices.data_ptr(),
-        counts.data_ptr(),
-        mask.data_ptr(),
-        trace.data_ptr() if return_trace else 0,
-        trace.shape[1],
-        *importance.shape,
         num_tokens,
-        int(num_tokens * important_ratio),
+        num_important,
         removals_per_round,
     )
     return outputs
@@ -151,7 +145,7 @@ _OP = Op(
     "diverse_select",
     "(Tensor similarity, Tensor importance, int num_tokens, float important_ratio=0.5,"
     " int removals_per_round=8, bool return_trace=False, str backend='auto')"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    " -> Tensor[]",
     check=_check,
     out=_out,
     backends={"cuda": _compiled, "triton": from_triton("diverse_select"), "cpu": _compiled, "reference": _reference},

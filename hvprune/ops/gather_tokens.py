@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import _native, reference
-from .._checks import check_floats, check_same_device, type_error, value_error
+from .._checks import check_float, check_floats, check_same_device, type_error, value_error
 from .._registry import Op, from_triton
 from ..selection import Selection
 
@@ -48,8 +48,7 @@ def _check(features, indices, pad_value):
     if indices.dim() != 2 or indices.shape[0] != features.shape[0]:
         raise value_error(op, "selection", f"shaped (B, M) with B={features.shape[0]}", indices)
     check_same_device(op, "selection", indices, "features", features)
-    if isinstance(pad_value, bool) or not isinstance(pad_value, (int, float)):
-        raise type_error(op, "pad_value", "a float", pad_value)
+    check_float(op, "pad_value", pad_value)
     return features
 
 
@@ -63,20 +62,7 @@ def _reference(features, indices, pad_value):
 
 def _compiled(features, indices, pad_value):
     out = _out(features, indices, pad_value)
-    features, indices = _native.rows(features), _native.rows(indices)
-    _native.launch(
-        "gather_tokens",
-        features,
-        features.data_ptr(),
-        *features.stride()[:2],
-        indices.data_ptr(),
-        indices.stride(0),
-        out.data_ptr(),
-        _native.DTYPE_CODES[features.dtype],
-        *features.shape,
-        indices.shape[1],
-        pad_value,
-    )
+    _native.launch("gather_tokens", out, features, indices, pad_value)
     return out
 
 

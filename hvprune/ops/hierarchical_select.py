@@ -67,7 +67,8 @@ def resolve_grid(op: str, grid, total: int) -> tuple[int, int]:
 
 
 def check_hierarchy(op: str, total: int, grid, regions, keep_ratio, window, num_tokens) -> None:
-    grid = resolve_grid(op, grid, total)
+    if grid is None:
+        grid = resolve_grid(op, None, total)
     check_pair(op, "grid", grid)
     if grid[0] * grid[1] != total:
         raise value_error(op, "grid", f"(gh, gw) with gh * gw = N = {total}", grid)
@@ -97,12 +98,15 @@ def most_kept(gh: int, gw: int, rh: int, rw: int, keep_ratio: float, wh: int, ww
     return most
 
 
+def num_selected(grid, regions, keep_ratio, window, num_tokens) -> int:
+    """M, the columns of the result."""
+    return most_kept(*grid, *regions, keep_ratio, *window) if num_tokens is None else num_tokens
+
+
 def _out(scores, grid, regions, keep_ratio, window, num_tokens):
     batch, total = scores.shape
-    if num_tokens is not None:
-        return empty_selection(scores, batch, num_tokens, total)
-    gh, gw = resolve_grid("hierarchical_select", grid, total)
-    return empty_selection(scores, batch, most_kept(gh, gw, *regions, keep_ratio, *window), total)
+    grid = resolve_grid("hierarchical_select", grid, total)
+    return empty_selection(scores, batch, num_selected(grid, regions, keep_ratio, window, num_tokens), total)
 
 
 def _reference(scores, grid, regions, keep_ratio, window, num_tokens):
@@ -111,33 +115,21 @@ def _reference(scores, grid, regions, keep_ratio, window, num_tokens):
     )
 
 
-def _compiled(scores, grid, regions, keep_ratio, window, num_tokens, after_scores=False):
+def _compiled(scores, grid, regions, keep_ratio, window, num_tokens):
     batch, total = scores.shape
-    gh, gw = grid = resolve_grid("hierarchical_select", grid, total)
-    indices, counts, mask = outputs = _out(scores, grid, regions, keep_ratio, window, num_tokens)
-    scores = _native.rows(scores)
-    rh, rw = regions
-    wh, ww = window
+    grid = resolve_grid("hierarchical_select", grid, total)
+    width = num_selected(grid, regions, keep_ratio, window, num_tokens)
+    outputs = empty_selection(scores, batch, width, total)
     _native.launch(
         "hierarchical_select",
+        *outputs,
         scores,
-        scores.data_ptr(),
-        scores.stride(0),
-        indices.data_ptr(),
-        counts.data_ptr(),
-        mask.data_ptr(),
-        _native.DTYPE_CODES[scores.dtype],
-        batch,
-        gh,
-        gw,
-        rh,
-        rw,
-        wh,
-        ww,
+        grid,
+        regions,
+        window,
         keep_ratio,
-        indices.shape[1],
+        width,
         num_tokens is not None,
-        after_scores,
     )
     return outputs
 

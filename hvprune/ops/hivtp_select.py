@@ -2,18 +2,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from .. import reference
+from .. import _native, reference
 from .._checks import as_layers, check_prefix
 from .._registry import Op, from_triton
-from ..selection import Selection
-from .attention_importance import _compiled as attention_importance_cpu
-from .attention_importance import _cuda as attention_importance_cuda
+from ..selection import Selection, empty_selection
 from .attention_importance import check_queries_keys
-from .hierarchical_select import _compiled as hierarchical_select_compiled
-from .hierarchical_select import _out as hierarchical_select_out
-from .hierarchical_select import check_hierarchy
+from .hierarchical_select import check_hierarchy, num_selected, resolve_grid
 
 
 def hivtp_select(
@@ -53,16 +50,18 @@ def hivtp_select(
 
 
 def _check(queries, keys, grid, num_prefix_tokens, scale, regions, keep_ratio, window, num_tokens):
-    lead = check_queries_keys("hivtp_select", queries, keys, scale)
-    check_prefix("hivtp_select", lead.shape[2], num_prefix_tokens, "all")
-    total = lead.shape[2] - num_prefix_tokens
-    check_hierarchy("hivtp_select", total, grid, regions, keep_ratio, window, num_tokens)
-    return lead
+    length = check_queries_keys("hivtp_select", queries, keys, scale)
+    check_prefix("hivtp_select", length, num_prefix_tokens, "all")
+    check_hierarchy("hivtp_select", length - num_prefix_tokens, grid, regions, keep_ratio, window, num_tokens)
+    return queries[0]
 
 
 def _out(queries, keys, grid, num_prefix_tokens, scale, regions, keep_ratio, window, num_tokens):
-    scores = queries[0][:, 0, num_prefix_tokens:, 0]
-    return hierarchical_select_out(scores, grid, regions, keep_ratio, window, num_tokens)
+    batch, _, length, _ = queries[0].shape
+    total = length - num_prefix_tokens
+    grid = resolve_grid("hivtp_select", grid, total)
+    width = num_selected(grid, regions, keep_ratio, window, num_tokens)
+    return empty_selection(queries[0], batch, width, total)
 
 
 def _reference(queries, keys, grid, num_prefix_tokens, scale, regions, keep_ratio, window, num_tokens):
@@ -79,14 +78,34 @@ def _reference(queries, keys, grid, num_prefix_tokens, scale, regions, keep_rati
     )
 
 
-def _cpu(queries, keys, grid, num_prefix_tokens, scale, *arguments):
-    importance = attention_importance_cpu(queries, keys, num_prefix_tokens, "all", scale, None)
-    return hierarchical_select_compiled(importance, grid, *arguments)
+def _compiled(queries, keys, grid, num_prefix_tokens, scale, regions, keep_ratio, window, num_tokens, scratch=None):
+    batch, _, length, dim = queries[0].shape
+    total = length - num_prefix_tokens
+    grid = resolve_grid("hivtp_select", grid, total)
+    width = num_selected(grid, regions, keep_ratio, window, num_tokens)
+    outputs = empty_selection(queries[0], batch, width, total)
+    _native.launch(
+        "hivtp_select",
+        *outputs,
+        queries,
+        keys,
+        num_prefix_tokens,
+        dim**-0.5 if scale is None else scale,
+        grid,
+        regions,
+        window,
+        keep_ratio,
+        width,
+        num_tokens is not None,
+        scratch,
+    )
+    return outputs
 
 
-def _cuda(queries, keys, grid, num_prefix_tokens, scale, *arguments):
-    importance = attention_importance_cuda(queries, keys, num_prefix_tokens, "all", scale, None)
-    return hierarchical_select_compiled(importance, grid, *arguments, after_scores=True)
+def _cuda(queries, keys, grid, num_prefix_tokens, *arguments):
+    batch, _, length, _ = queries[0].shape
+    scratch = queries[0].new_empty(batch * (16 * (length - num_prefix_tokens) + 4), dtype=torch.uint8)
+    return _compiled(queries, keys, grid, num_prefix_tokens, *arguments, scratch)
 
 
 _OP = Op(
@@ -99,7 +118,7 @@ _OP = Op(
     backends={
         "cuda": _cuda,
         "triton": from_triton("hivtp_select"),
-        "cpu": _cpu,
+        "cpu": _compiled,
         "reference": _reference,
     },
 )

@@ -38,8 +38,8 @@ def _check(features, importance, num_tokens, important_ratio, removals_per_round
     op = "vispruner_select"
     check_floats(op, "features", features, "(B, N, C)", 3)
     check_budget(op, importance, num_tokens, important_ratio, removals_per_round)
-    if features.shape[:2] != importance.shape:
-        batch, total = importance.shape
+    batch, total = importance.shape
+    if features.shape[0] != batch or features.shape[1] != total:
         raise value_error(op, "features", f"shaped (B, N, C) with B={batch}, N={total} like importance", features)
     check_same_device(op, "features", features, "importance", importance)
     return features
@@ -61,25 +61,17 @@ def _reference(features, importance, num_tokens, important_ratio, removals_per_r
 
 
 def _compiled(features, importance, num_tokens, important_ratio, removals_per_round, similarity=None):
-    indices, counts, mask = outputs = _out(features, importance, num_tokens, important_ratio, removals_per_round)
-    features, importance = _native.rows(features), _native.rows(importance)
+    outputs = _out(features, importance, num_tokens, important_ratio, removals_per_round)
+    num_important = int(num_tokens * important_ratio)
     _native.launch(
         "vispruner_select",
+        *outputs,
         features,
-        features.data_ptr(),
-        *features.stride()[:2],
-        _native.DTYPE_CODES[features.dtype],
-        importance.data_ptr(),
-        importance.stride(0),
-        _native.DTYPE_CODES[importance.dtype],
-        indices.data_ptr(),
-        counts.data_ptr(),
-        mask.data_ptr(),
-        *features.shape,
+        importance,
         num_tokens,
-        int(num_tokens * important_ratio),
+        num_important,
         removals_per_round,
-        0 if similarity is None else similarity.data_ptr(),
+        similarity,
     )
     return outputs
 
